@@ -1,0 +1,29 @@
+"""Exponential moving average of a module's parameters, kept in float32."""
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """`average <- decay_t * average + (1 - decay_t) * weight`, with decay_t = min(decay, (1+t)/(10+t)).
+
+    The ramp lets short runs use the average too (the warm-up of TensorFlow's and diffusers' EMA).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (0-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        names, weights = zip(*module.named_parameters(), strict=True)
+        averages: list[Tensor] = [self.average[name] for name in names]
+        torch._foreach_lerp_(averages, [w.detach().float() for w in weights], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Overwrite the module's parameters with the averages."""
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.average[name])
