@@ -1,0 +1,78 @@
+"""Reads and writes encoded video files through PyAV; the only place that knows about codecs."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Frames = npt.NDArray[np.uint8]
+
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".gif")
+
+
+class UnreadableVideo(ValueError):
+    """The file is no video, is damaged, or is shorter than the clip asked for."""
+
+
+def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: int) -> Frames:
+    """Decode the first `frames` frames at `fps` (None: the file's own), uint8 [T, size, size, 3].
+
+    Frames are taken at the nearest earlier source frame of each output time. The short side is
+    resized to `size` (area averaging when shrinking), then the centre is cropped.
+    """
+    name = str(source) if isinstance(source, Path) else "video stream"
+    try:
+        with av.open(source if not isinstance(source, Path) else str(source)) as container:
+            if not container.streams.video:
+                raise UnreadableVideo(f"{name} has no video stream")
+            stream = container.streams.video[0]
+            own_fps = float(stream.average_rate or stream.guessed_rate or 0)
+            if own_fps <= 0:
+                raise UnreadableVideo(f"{name} does not state its frame rate")
+            step = own_fps / (fps or own_fps)
+            wanted = [int(index * step + 1e-6) for index in range(frames)]
+            picked: list[Frames] = []
+            for index, frame in enumerate(container.decode(stream)):
+                while len(picked) < frames and wanted[len(picked)] == index:
+                    picked.append(_fit(frame.to_ndarray(format="rgb24"), size))
+                if len(picked) == frames:
+                    break
+    except (av.FFmpegError, OSError) as error:
+        raise UnreadableVideo(f"{name} cannot be decoded: {error}") from error
+    if len(picked) < frames:
+        raise UnreadableVideo(
+            f"{name} is too short: {len(picked)} of {frames} frames at {fps or own_fps:g} fps"
+        )
+    return np.stack(picked)
+
+
+def write_video(
+    target: Path | BinaryIO, clip: Frames, *, fps: int, codec: str, crf: int | None = None, container: str | None = None
+) -> None:
+    """Encode uint8 [T, H, W, 3]. `crf` is the rate factor of H.264, or the quantiser of MPEG-4 (2-31)."""
+    options = {}
+    if crf is not None:
+        options = {"crf": str(crf)} if codec == "libx264" else {"qmin": str(crf), "qmax": str(crf)}
+    path = str(target) if isinstance(target, Path) else target
+    with av.open(path, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in clip:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        output.mux(stream.encode())
+
+
+def _fit(frame: Frames, size: int) -> Frames:
+    height, width = frame.shape[:2]
+    if (height, width) == (size, size):
+        return frame
+    scale = size / min(height, width)
+    new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
+    mode = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    resized = cv2.resize(frame, (new_width, new_height), interpolation=mode)
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    return np.asarray(resized[top : top + size, left : left + size], np.uint8)

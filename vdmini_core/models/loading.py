@@ -1,0 +1,63 @@
+"""Loads the parts of a diffusers pipeline folder, and refuses anything less than whole weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+class UnusableModel(ValueError):
+    """The folder is no whole model; the message names the file and what to do."""
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_component(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """`cls.from_pretrained(folder)` in eval mode, frozen; missing or unexpected keys are an error.
+
+    `cls` is a diffusers or transformers model class. Only safetensors are read.
+    """
+    check_weights(folder)
+    kind = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
+    try:
+        model, info = cls.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **{kind: dtype}, **options
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UnusableModel(f"{folder} cannot be loaded as {cls.__name__}: {error}") from error
+    wrong = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        shown = "; ".join(f"{len(v)} {k.replace('_', ' ')} ({', '.join(v[:3])})" for k, v in wrong.items() if v)
+        raise UnusableModel(f"{folder} does not fit {cls.__name__}: {shown}; config.json and weights disagree")
+    return model.eval().requires_grad_(False)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise unless the folder has a config and readable, untruncated safetensors weights."""
+    if not folder.is_dir():
+        raise UnusableModel(f"{folder} does not exist; a diffusers pipeline folder has it")
+    if not (folder / "config.json").is_file():
+        raise UnusableModel(f"{folder}/config.json is missing; copy the whole folder")
+    files = sorted(folder.glob("*.safetensors"))
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        shards = set(json.loads(indexes[0].read_text())["weight_map"].values())
+        if lost := sorted(shards - {path.name for path in files}):
+            raise UnusableModel(f"{folder} lacks {', '.join(lost)}, which {indexes[0].name} names; download it again")
+    if not files:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise UnusableModel(
+                f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code when loaded; "
+                "convert them to safetensors first"
+            )
+        raise UnusableModel(f"{folder} has no *.safetensors weight file; download it again")
+    for path in files:
+        try:
+            with safe_open(path, "pt") as stream:
+                stream.keys()
+        except (SafetensorError, OSError) as error:
+            raise UnusableModel(f"{path} is damaged or truncated ({error}); download it again") from error

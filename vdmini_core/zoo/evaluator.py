@@ -1,0 +1,120 @@
+"""Trains the zoo's evaluator and measures its corruption table."""
+
+import io
+from concurrent.futures import ProcessPoolExecutor
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from torch import Tensor
+from torch.nn import functional as F
+
+from vdmini_core.data.video import read_clip, write_video
+from vdmini_core.evaluation.evaluator import Evaluator, accuracies
+from vdmini_core.reporting import Log, Track, silent_log, silent_track
+from vdmini_core.settings import LoopSettings
+from vdmini_core.training.loop import Player, State, train
+from vdmini_core.zoo.clips import ClipSet, to_model_range
+
+
+def compress(clips: ClipSet, seed: int, quantisers: tuple[int, int] = (2, 12)) -> ClipSet:
+    """Encode and decode every clip as MPEG-4 with a quantiser drawn uniformly from the range."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(quantisers[0], quantisers[1], endpoint=True, size=len(clips))
+    with ProcessPoolExecutor(2) as pool:
+        pixels = list(pool.map(_compress_one, clips.pixels.numpy(), chosen.tolist(), chunksize=64))
+    return ClipSet(torch.from_numpy(np.stack(pixels)), clips.labels)
+
+
+def _compress_one(clip: np.ndarray, quantiser: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    write_video(buffer, clip, fps=8, codec="mpeg4", crf=quantiser, container="avi")
+    buffer.seek(0)
+    return read_clip(buffer, frames=len(clip), fps=None, size=clip.shape[1])
+
+
+@torch.no_grad()
+def reconstruct(clips: ClipSet, vae: AutoencoderKLTemporalDecoder) -> ClipSet:
+    """Pass every clip through the VAE: what generated clips look like at best."""
+    outputs = []
+    for chunk in clips.pixels.split(16):
+        x = to_model_range(chunk).to(vae.device).transpose(1, 2)
+        frames = x.flatten(0, 1)
+        y = vae.decode(vae.encode(frames).latent_dist.mode(), num_frames=x.shape[1]).sample
+        y = y.clamp(-1, 1).unflatten(0, x.shape[:2]).movedim(2, -1)
+        outputs.append(((y + 1) * 127.5).round().to(torch.uint8).cpu())
+    return ClipSet(torch.cat(outputs), clips.labels)
+
+
+def train_evaluator(
+    variants: list[ClipSet],
+    settings: LoopSettings,
+    device: torch.device,
+    log: Log = silent_log,
+    track: Track = silent_track,
+) -> Evaluator:
+    """Cross-entropy on both branches over clips of all variants (clean, compressed, reconstructed).
+
+    Half of each batch gets Gaussian noise of up to 0.15 (pixels in [-1, 1]).
+    """
+    torch.manual_seed(settings.seed)
+    evaluator = Evaluator().to(device)
+
+    def batch_of(step: int) -> State:
+        g = torch.Generator().manual_seed(settings.seed * 7919 + step)
+        clips = variants[step % len(variants)]
+        ids = torch.randint(len(clips), (settings.batch_size,), generator=g)
+        return {"ids": ids.tolist(), "pixels": clips.pixels[ids], "labels": clips.labels[ids]}
+
+    def prepare(batch: State, generator: torch.Generator, step: int) -> State:
+        x = to_model_range(batch["pixels"])
+        strength = torch.rand(len(x), generator=generator) * 0.15
+        strength *= torch.rand(len(x), generator=generator) < 0.5
+        x = x + strength[:, None, None, None, None] * torch.randn(x.shape, generator=generator)
+        return {"clips": x.to(device), "labels": batch["labels"].to(device)}
+
+    def loss(state: State) -> dict[str, Tensor]:
+        judged, labels = evaluator(state["clips"]), state["labels"]
+        shape = F.cross_entropy(judged.shape_logits.float(), labels[:, 0])
+        colour = F.cross_entropy(judged.colour_logits.float(), labels[:, 1])
+        motion = F.cross_entropy(judged.motion_logits.float(), labels[:, 2])
+        content_right, motion_right = accuracies(judged, labels)
+        return {
+            "total": shape + colour + motion,
+            "content_accuracy": content_right.float().mean(),
+            "motion_accuracy": motion_right.float().mean(),
+        }
+
+    player = Player("evaluator", evaluator, loss, 3e-3)
+    train([player], batch_of, prepare, settings, device=device, log=log, track=track)
+    assert player.ema is not None
+    player.ema.copy_to(evaluator)
+    return evaluator.eval().requires_grad_(False)
+
+
+def corrupt(clips: Tensor, name: str, generator: torch.Generator) -> Tensor:
+    """Damage clips [B, 3, T, H, W] in one known way; `none` returns them as they are."""
+    match name:
+        case "none":
+            return clips
+        case "blur":
+            frames = clips.permute(0, 2, 3, 4, 1).numpy()
+            blurred = [[cv2.GaussianBlur(frame, (0, 0), 5.0) for frame in clip] for clip in frames]
+            return torch.from_numpy(np.array(blurred)).permute(0, 4, 1, 2, 3)
+        case "shuffle":
+            order = torch.stack([torch.randperm(clips.shape[2], generator=generator) for _ in clips])
+            return torch.stack([clip[:, o] for clip, o in zip(clips, order, strict=True)])
+        case "freeze":
+            return clips[:, :, :1].expand_as(clips).contiguous()
+        case "reverse":
+            return clips.flip(2)
+        case "slow":
+            return clips[:, :, torch.arange(clips.shape[2]) // 4]
+        case "noise":
+            return clips + 0.15 * torch.randn(clips.shape, generator=generator)
+        case _:
+            raise ValueError(f"unknown corruption {name!r}; expected one of {', '.join(CORRUPTIONS)}")
+
+
+CORRUPTIONS = ("none", "blur", "shuffle", "freeze", "reverse", "slow", "noise")
