@@ -67,3 +67,145 @@ def folder_digest(folder: Path, pattern: str = "**/*") -> str:
     """sha256 over the relative names and digests of a folder's files, in name order."""
     files = sorted(path for path in folder.glob(pattern) if path.is_file())
     return json_digest([[str(path.relative_to(folder)), file_digest(path)] for path in files])
+
+
+class Provenance(Record):
+    """What produced a result."""
+
+    commit: str
+    dirty: bool
+    params: dict[str, Any]
+    params_digest: str
+    inputs: dict[str, str]
+    software: dict[str, str]
+    machine: str
+    created: str
+
+
+class Clip(Record):
+    """One readable video of the data set; labels are None where the class is not a synthetic one."""
+
+    path: str
+    class_name: str
+    split: str
+    label: tuple[int, int, int] | None
+
+
+class DataManifest(Record):
+    """The data stage's result: what is used, what was skipped and why."""
+
+    root: str
+    layout: str
+    frames: int
+    size: int
+    fps: float | None
+    clips: tuple[Clip, ...]
+    skipped: dict[str, str]
+    digest: str
+
+
+class TeacherManifest(Record):
+    """The teacher stage's result: where the weights are, and that they are whole."""
+
+    source: str
+    revision: str | None
+    pipeline: str
+    parameters: dict[str, int]
+    digests: dict[str, str]
+    digest: str
+    blocks: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+class LatentManifest(Record):
+    """The encode stage's result: shards of latents and conditions per split."""
+
+    shards: dict[str, tuple[str, ...]]
+    counts: dict[str, int]
+    teacher_digest: str
+    data_digest: str
+    provenance: Provenance
+
+
+class Quality(Record):
+    """Content and motion of N generated clips; accuracies are None where clips carry no labels."""
+
+    clips: int
+    content_accuracy: float | None
+    motion_accuracy: float | None
+    content_distance: float
+    motion_distance: float
+
+
+class UnitScore(Record):
+    """What bypassing one unit or block does, and what the unit costs."""
+
+    name: str
+    kind: str
+    depth: int
+    parameters: int
+    flops: int
+    latency_ms: float
+    quality: Quality
+
+
+class SensitivityReport(Record):
+    """Bypass results of every block and pair, beside the intact teacher on the same seeds."""
+
+    protocol: dict[str, Any]
+    protocol_digest: str
+    baseline: Quality
+    floor: Quality
+    scores: tuple[UnitScore, ...]
+    teacher_gates: dict[str, bool]
+    provenance: Provenance
+
+
+class Plan(Record):
+    """Which units go and which stay, and what that saves."""
+
+    method: str
+    removed: tuple[str, ...]
+    kept: tuple[str, ...]
+    teacher_parameters: int
+    student_parameters: int
+    teacher_flops: int
+    student_flops: int
+    report_digest: str
+    teacher_digest: str
+    provenance: Provenance
+
+
+class Latency(Record):
+    """Milliseconds of one network call, over `runs` timed calls."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    runs: int
+
+
+class EvaluationRow(Record):
+    """One of teacher, pruned, recovered."""
+
+    name: str
+    parameters: int
+    flops: int
+    latency: Latency
+    peak_memory_bytes: int
+    quality: Quality
+
+
+class EvaluationReport(Record):
+    """The three rows, their floor, and how much of the gap recovery closed."""
+
+    protocol: dict[str, Any]
+    protocol_digest: str
+    rows: tuple[EvaluationRow, ...]
+    floor: Quality
+    parameter_reduction: float
+    flop_ratio: float
+    latency_ratio: float
+    recovery: dict[str, float | None]
+    gallery: tuple[dict[str, str], ...]
+    provenance: Provenance

@@ -1,8 +1,12 @@
-"""params.yaml, validated: one frozen model per stage."""
+"""params.yaml, validated: one frozen model per stage, defaults and meaning in one place."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vdmini_core.artifacts import describe
 
 
 class Settings(BaseModel):
@@ -18,12 +22,146 @@ class LoopSettings(Settings):
     max_steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     warmup_steps: int = Field(100, ge=0)
-    decay_fraction: float = Field(0.4, ge=0, le=1)
+    decay_fraction: float = Field(0.4, ge=0, le=1, description="share of the steps, at the end, of the cosine decay")
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(1.0, gt=0, description="gradients are clipped to this L2 norm")
     ema_decay: float = Field(0.998, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "bf16"
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
+
+
+class DataSettings(Settings):
+    """Which clips; `source` is `synthetic`, a UCF101 folder, or any folder of videos."""
+
+    source: str = "synthetic"
+    split: Literal[1, 2, 3] = Field(1, description="train/test split of the UCF101 layout")
+    frames: int = Field(8, gt=1)
+    size: int = Field(64, gt=0, multiple_of=8, description="height and width in pixels")
+    fps: float | None = Field(None, gt=0, description="None: each file's own frame rate")
+    groups_per_class: int = Field(6, ge=3, description="synthetic: files per class; two in six are test clips")
+    quantiser: int = Field(3, ge=2, le=31, description="synthetic: MPEG-4 quantiser, lower is better")
+    seed: int = 0
+
+
+class TeacherSettings(Settings):
+    """Which model to compress: `zoo:<name>`, a diffusers pipeline folder, or a hub id with a revision."""
+
+    source: str = "zoo:i2v-shapes"
+    revision: str | None = Field(None, description="hub only: the commit to pin")
+
+
+class EncodeSettings(Settings):
+    """Latents and conditions, computed once."""
+
+    train_clips: int = Field(864, gt=0)
+    test_clips: int = Field(256, gt=1)
+    batch_size: int = Field(16, gt=0)
+    fps: int = Field(7, gt=0, description="what the model is told; SVD is told fps - 1")
+    motion_bucket_id: int = Field(127, ge=0)
+    noise_augmentation: float = Field(0.02, ge=0)
+    seed: int = 0
+
+
+class SamplerSettings(Settings):
+    """How clips are generated, alike for teacher and student."""
+
+    clips: int = Field(128, gt=1)
+    steps: int = Field(8, gt=0, description="Euler steps over the scheduler's own noise levels")
+    batch_size: int = Field(8, gt=0)
+    seed: int = 0
+
+
+class SensitivitySettings(SamplerSettings):
+    """Bypass every block and every R-A pair, one at a time."""
+
+    clips: int = Field(24, gt=1)
+    latency_runs: int = Field(7, gt=0)
+
+
+class PlanSettings(Settings):
+    """Which units to remove: the paper's layout, or exactly `remove`."""
+
+    method: Literal["paper", "manual"] = "paper"
+    remove: tuple[str, ...] = Field((), description="manual: unit or block names, such as D.0.1")
+
+
+class PruneSettings(Settings):
+    """Physical removal; weights are inherited."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+class DiscriminatorSettings(Settings):
+    """The heads of the multi-frame content adversarial (MCA) loss."""
+
+    learning_rate: float = Field(1.0e-3, gt=0)
+    warmup_steps: int = Field(30, ge=0, description="steps that train the heads alone against a fixed student loss")
+    ramp_steps: int = Field(60, ge=0, description="steps over which the MCA weight rises from zero after the warm-up")
+    sigma_mean: float = 0.0
+    sigma_std: float = Field(1.0, gt=0)
+
+
+class DistillSettings(Settings):
+    """L_task + icd_weight * L_ICD + mca_weight * L_MCA (weights of the paper's Table 5)."""
+
+    loop: LoopSettings
+    learning_rate: float = Field(5.0e-4, gt=0)
+    icd_weight: float = Field(0.1, ge=0)
+    mca_weight: float = Field(1.0, ge=0)
+    sigma_mean: float = Field(0.0, description="training noise levels are log-normal")
+    sigma_std: float = Field(1.4, gt=0)
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
+
+
+class EvaluateSettings(SamplerSettings):
+    """Teacher, prune-only and recovered student side by side on the same seeds."""
+
+    latency_runs: int = Field(30, ge=30)
+    latency_warmup: int = Field(5, ge=1)
+    gallery: int = Field(6, ge=1, description="clips shown in the report")
+
+
+class RegisterSettings(Settings):
+    """The quality gate and the registry entry."""
+
+    name: str = "vdmini"
+    alias: str = "champion"
+    min_parameter_reduction: float = Field(0.2, ge=0, lt=1)
+    min_content_accuracy: float = Field(0.0, ge=0, le=1)
+    min_motion_accuracy: float = Field(0.0, ge=0, le=1)
+    min_content_recovery: float = Field(0.5, le=1, description="share of the gap that pruning opened")
+    min_motion_recovery: float = Field(0.5, le=1)
+
+
+class Params(Settings):
+    """All of params.yaml."""
+
+    data: DataSettings = DataSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    encode: EncodeSettings = EncodeSettings()
+    sensitivity: SensitivitySettings = SensitivitySettings()
+    plan: PlanSettings = PlanSettings()
+    prune: PruneSettings = PruneSettings()
+    distill: DistillSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
+    register_: RegisterSettings = Field(RegisterSettings(), alias="register")
+
+
+def load_params(path: Path) -> Params:
+    """Read and validate params.yaml; ValueError names the file and every offending key."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run vdmini from the project's root")
+    try:
+        values: Any = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        hint = ""
+        if any(isinstance(p["input"], str) and "e" in p["input"] for p in error.errors() if "float" in p["type"]):
+            hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
+        raise ValueError(f"{path}: {describe(error)}{hint}") from None

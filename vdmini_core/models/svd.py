@@ -84,6 +84,10 @@ class SpatioTemporalUNet:
         """The down blocks, outermost first; their outputs feed the discriminator heads."""
         return list(self.model.down_blocks)
 
+    def encoder_widths(self) -> list[int]:
+        """Channels of the encoder stages' outputs."""
+        return [int(width) for width in self.model.config.block_out_channels]
+
     def stop_after_encoder(self) -> nn.Module:
         """The module that runs right after the encoder."""
         return self.model.mid_block  # type: ignore[no-any-return]
@@ -149,8 +153,8 @@ class SpatioTemporalUNet:
         self._check_shapes(skeleton, inherited, removed)
         student = cls(**config)
         student.load_state_dict({new: self.model.state_dict()[old] for new, old in inherited.items()})
-        reference = next(self.model.parameters())
-        return SpatioTemporalUNet(student.to(reference.device, reference.dtype).eval().requires_grad_(False))
+        device = next(self.model.parameters()).device
+        return SpatioTemporalUNet(student.to(device).eval().requires_grad_(False))
 
     def surviving(self, names: Iterable[str]) -> dict[str, str]:
         """Teacher unit -> student unit for every unit kept when `names` are removed."""
@@ -285,14 +289,10 @@ class SVD:
         assert self._vae is not None, "loaded without the vae"
         return self._vae
 
-    @property
-    def latent_channels(self) -> int:
-        return int(self.denoiser.model.config.out_channels)
-
-    def sample_shape(self, frames: int, size: int) -> tuple[int, int, int, int]:
-        """Latent shape (C, T, h, w) of one clip of `frames` frames of `size` x `size` pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return (int(self.vae.config.latent_channels), frames, size // factor, size // factor)
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of every loaded part."""
+        found = {"unet": self._denoiser and self._denoiser.model, "vae": self._vae, "image_encoder": self._image_encoder}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in found.items() if part is not None}
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def encode_set(
         options: dict[str, Any] = {"do_center_crop": False, "do_resize": False, "do_rescale": False}
         image = processor(images=image, return_tensors="pt", do_normalize=True, **options).pixel_values
         embeddings.append(image_encoder(image.to(image_encoder.device)).image_embeds[:, None].cpu())
-    return LatentSet(torch.cat(latents), torch.cat(image_latents), torch.cat(embeddings))
+    return LatentSet(*(torch.cat(parts).contiguous() for parts in (latents, image_latents, embeddings)))
 
 
 @contextmanager

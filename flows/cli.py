@@ -1,0 +1,245 @@
+"""The command line `vdmini`; Prefect, MLflow and torch are imported only by the command that needs them."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+RUN, SERVICES, LOOK = "Run the recipe", "Services on this machine", "Look"
+
+app = typer.Typer(
+    name="vdmini",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Makes a video diffusion model smaller and faster without losing its content or its motion.
+
+Run it in the project's root. Settings are in params.yaml (`vdmini settings` explains every key);
+`vdmini run` brings every stage up to date and prints the comparison. `vdmini up` starts local
+servers on which you can watch runs (Prefect) and compare them (MLflow); it is not needed to run.""",
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What the user can mend, as one paragraph on stderr and exit code 2 instead of a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, LookupError, ConnectionError) as error:
+        typer.echo(f"vdmini: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command(rich_help_panel=RUN)
+def run(
+    target: Annotated[str | None, typer.Option(help="Stop after this stage; it and what it needs are run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+) -> None:
+    """Run every stage that is out of date, here and now, in DVC's order.
+
+    Unchanged stages are skipped; stages whose result is in DVC's cache are restored. The run is shown
+    on the servers of `vdmini up` if they run, and needs none. Ctrl-C stops the running stage; training
+    resumes from its last checkpoint. Exit codes: 0 done, 1 a stage failed, 2 wrong settings.
+    """
+    root = Path.cwd()
+    with explained():
+        from flows.services import environment
+        from vdmini_core.settings import load_params
+
+        load_params(root / "params.yaml")
+        for name, value in environment(root).items():
+            os.environ.setdefault(name, value)
+        from flows.full import StageFailed, headline_metrics, stage_graph, vdmini
+
+        stage_graph(root, target)  # an unknown target is reported before Prefect starts
+    # Without a handler SIGTERM would skip the exit hook that ends Prefect's temporary server.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        stages = vdmini(target)
+    except StageFailed as error:
+        typer.echo(f"vdmini: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("vdmini: stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    folder = root / "artifacts" / "evaluate"
+    summary, report = folder / "summary.md", folder / "report.html"
+    evaluated = "evaluate" in stages
+    if as_json:
+        metrics = headline_metrics(folder / "metrics.json") if evaluated else {}
+        facts = {"stages": stages, "metrics": metrics, "report": str(report) if report.is_file() else None}
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    typer.echo("\n".join(f"{name:14}{result}" for name, result in stages.items()))
+    if evaluated and summary.is_file():
+        typer.echo("\n" + summary.read_text().rstrip())
+    if evaluated and report.is_file():
+        typer.echo(f"\nreport: {report}")
+
+
+@app.command(rich_help_panel=RUN)
+def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as `sensitivity`.")]) -> None:
+    """Run one stage's code directly; this is the command in dvc.yaml.
+
+    It does not ask whether the stage is up to date and records nothing in dvc.lock: use
+    `vdmini run --target NAME` or `dvc repro NAME` for that.
+    """
+    with explained():
+        from tasks._stage import run_stage
+
+        run_stage(name)
+
+
+@app.command(rich_help_panel=RUN)
+def generate(
+    model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, a pipeline folder, `teacher`, or zoo:NAME.")],
+    image: Annotated[Path, typer.Option(help="The first frame, any image file.")],
+    out: Annotated[Path, typer.Option(help="The mp4 to write.")],
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
+    frames: Annotated[int | None, typer.Option(min=2, help="Length; the model's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+) -> None:
+    """Make a clip that continues an image, with a registered student or the teacher.
+
+    Example: `vdmini generate --model models:/vdmini@champion --image first.png --out clip.mp4`
+    """
+    with explained():
+        from tasks._generate import generate as make
+
+        make(model, image, out, frames=frames, steps=steps, seed=seed)
+    typer.echo(out)
+
+
+@app.command(rich_help_panel=RUN)
+def zoo(
+    out: Annotated[Path, typer.Option(help="Folder for the weights; parts that are there are kept.")] = Path("zoo-new"),
+) -> None:
+    """Train the built-in teacher, VAE, image encoder and evaluator from nothing.
+
+    They ship with the project, so nobody has to. Takes about 80 minutes on two CPU cores; the teacher's
+    training resumes from its checkpoints in .scratch/zoo.
+    """
+    from tasks._zoo import build
+
+    build(out)
+
+
+@app.command(rich_help_panel=SERVICES)
+def up(
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5000,
+) -> None:
+    """Start a Prefect server, a worker and an MLflow server, and deploy the flow.
+
+    They listen on this machine only and keep everything in this folder. Logs and records are in
+    .scratch/services/. Services that already run are left as they are.
+    """
+    from flows import services
+
+    root = Path.cwd()
+    with explained():
+        try:
+            services.up(root, prefect_port, mlflow_port, say=typer.echo)
+        except RuntimeError as error:
+            typer.echo(f"vdmini: {error}", err=True)
+            raise typer.Exit(1) from None
+    typer.echo(
+        "\nstart a run:  prefect deployment run vdmini/full      (in this folder)"
+        f"\nelsewhere:    export PREFECT_API_URL=http://{services.HOST}:{prefect_port}/api"
+        "\nstop all:     vdmini down"
+    )
+
+
+@app.command(rich_help_panel=SERVICES)
+def down() -> None:
+    """Stop what `vdmini up` started, and nothing else; a run in progress is cancelled."""
+    from flows import services
+
+    services.down(Path.cwd(), say=typer.echo)
+    typer.echo("no service of this project is running")
+
+
+@app.command(rich_help_panel=LOOK)
+def report(
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Print where the report of the last evaluation is."""
+    path = Path.cwd() / "artifacts" / "evaluate" / "report.html"
+    with explained():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; `vdmini run` writes it")
+    typer.echo(str(path))
+    if show:
+        import webbrowser
+
+        webbrowser.open(path.as_uri())
+
+
+@app.command(rich_help_panel=LOOK)
+def settings() -> None:
+    """List every key of params.yaml: its type and limits, its default, what it means."""
+    from vdmini_core.settings import Params
+
+    rows = list(setting_rows(Params, ""))
+    widths = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(3)]
+    for row in rows:
+        if len(row) == 1:
+            typer.echo(f"\n{row[0]}")
+            continue
+        *cells, meaning = row
+        columns = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        typer.echo("  ".join(["", *columns, meaning]).rstrip())
+
+
+def setting_rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
+    """Key, type, default and meaning of each setting; a one-element row opens a section."""
+    sections = list[tuple[str, type[BaseModel]]]()
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            sections.append((key, field.annotation))
+        else:
+            yield key, type_text(field), default_text(field), field.description or ""
+    for key, section in sections:
+        yield (f"{key}: {' '.join((section.__doc__ or '').split())}",)
+        yield from setting_rows(section, f"{key}.")
+
+
+def type_text(field: FieldInfo) -> str:
+    """A setting's type as a reader writes it, with its limits: `float, >= 0, < 1`."""
+    annotation: Any = field.annotation
+    if get_origin(annotation) is Literal:
+        text = " | ".join(str(choice) for choice in get_args(annotation))
+    elif isinstance(annotation, type) and not get_args(annotation):
+        text = annotation.__name__
+    else:
+        text = str(annotation)
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
+    limits = [
+        f"{sign} {getattr(rule, word)}"
+        for rule in field.metadata
+        for word, sign in signs.items()
+        if hasattr(rule, word)
+    ]
+    return ", ".join([text, *limits])
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as YAML writes it, or `required`."""
+    if field.is_required():
+        return "required"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return json.dumps(value) if value is not None else "null"
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,54 @@
+"""What `vdmini generate` does: find the model, make one clip from one image."""
+
+from pathlib import Path
+
+import torch
+
+from vdmini_core.artifacts import folder_digest
+from vdmini_core.evaluation.compare import write_clip_to
+from vdmini_core.models import load_pipeline
+from vdmini_core.models.generating import generate_clip, read_image
+from vdmini_core.models.sources import resolve_source
+from vdmini_core.settings import EncodeSettings
+
+
+def model_folder(model: str) -> Path:
+    """The pipeline folder behind `models:/...`, a pipeline folder, a stage's output, `teacher` or `zoo:...`."""
+    if model.startswith("models:/"):
+        from tasks._registry import DIGEST_TAG, model_tags, resolve_model
+
+        folder, wanted = resolve_model(model), model_tags(model).get(DIGEST_TAG)
+        if wanted is not None and folder_digest(folder) != wanted:
+            raise ValueError(
+                f"{folder} is no longer what {model} registered (its digest differs): a later run has replaced it; "
+                "`dvc checkout` the commit of that version, or name the folder itself to use what is there"
+            )
+        return folder
+    if model == "teacher":
+        from vdmini_core.models.verify import teacher_folder
+
+        return teacher_folder(Path("artifacts/teacher/teacher.json"))
+    folder = resolve_source(model)
+    nested = folder / "model"
+    return nested if (nested / "model_index.json").is_file() else folder
+
+
+def generate(model: str, image: Path, out: Path, *, frames: int | None, steps: int, seed: int) -> None:
+    """Write one mp4 that continues `image`; size and default length are the model's own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = EncodeSettings()
+    pipeline = load_pipeline(model_folder(model), device=device)
+    config = pipeline.denoiser.model.config
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    clip = generate_clip(
+        pipeline,
+        read_image(image, config.sample_size * factor),
+        frames=frames or config.num_frames,
+        steps=steps,
+        seed=seed,
+        fps=told.fps,
+        motion_bucket_id=told.motion_bucket_id,
+        noise_augmentation=told.noise_augmentation,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_clip_to(out, clip)

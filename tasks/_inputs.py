@@ -1,0 +1,38 @@
+"""What several stages read alike."""
+
+from tasks._stage import Context
+from vdmini_core.artifacts import TeacherManifest, read_json
+from vdmini_core.data.latents import LatentCache
+from vdmini_core.evaluation.evaluator import Evaluator, load_evaluator
+from vdmini_core.evaluation.protocol import sampling_protocol
+from vdmini_core.models import SVD, load_pipeline
+from vdmini_core.models.sources import evaluator_folder
+from vdmini_core.models.verify import teacher_folder
+from vdmini_core.settings import SamplerSettings
+
+
+def teacher_manifest(context: Context) -> TeacherManifest:
+    return read_json(context.input("teacher") / "teacher.json", TeacherManifest)
+
+
+def teacher_pipeline(context: Context, *parts: str) -> SVD:
+    """The teacher's named parts, its weights checked against the digests of stage teacher."""
+    folder = teacher_folder(context.input("teacher") / "teacher.json")
+    return load_pipeline(folder, parts, context.device)
+
+
+def evaluator(context: Context) -> Evaluator:
+    return load_evaluator(evaluator_folder(), context.device)
+
+
+def test_clips(context: Context) -> LatentCache:
+    return LatentCache(context.input("encode"), "test")
+
+
+def train_clips(context: Context) -> LatentCache:
+    return LatentCache(context.input("encode"), "train")
+
+
+def protocol(context: Context, settings: SamplerSettings) -> dict[str, object]:
+    """How clips are generated and judged; results of different protocols are not compared."""
+    return sampling_protocol(settings, context.params.data, context.params.encode, evaluator_folder())

@@ -1,0 +1,136 @@
+"""What every stage gets around its 20 lines: validated params, tracking, progress, signals, provenance."""
+
+import importlib
+import logging
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from vdmini_core.artifacts import Provenance, json_digest
+from vdmini_core.settings import Params, Settings, load_params
+
+if TYPE_CHECKING:
+    from tasks._tracking import Tracker
+
+T = TypeVar("T")
+
+STAGES = ("data", "teacher", "encode", "sensitivity", "plan", "prune", "distill", "evaluate", "register")
+ARTIFACTS = Path("artifacts")
+SCRATCH = Path(".scratch")
+
+
+@dataclass
+class Context:
+    """One stage's surroundings. Paths are relative to the project's root, the working directory."""
+
+    stage: str
+    params: Params
+    tracker: "Tracker"
+    device: torch.device
+    stopping: bool = False
+
+    @property
+    def settings(self) -> Settings:
+        return params_of(self.params, self.stage)
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage's outputs go; DVC empties it before the stage runs."""
+        folder = ARTIFACTS / self.stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def input(self, stage: str) -> Path:
+        """The output folder of an earlier stage."""
+        folder = ARTIFACTS / stage
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist; run `dvc repro {stage}` first")
+        return folder
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """A progress bar on stderr; one line a second where that is no terminal."""
+        interval = 0.1 if sys.stderr.isatty() else 5.0
+        return iter(tqdm(items, description, total, mininterval=interval, dynamic_ncols=True))
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        tqdm.write(text)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.tracker.log(metrics, step)
+
+    def should_stop(self) -> bool:
+        """True after SIGTERM: long work then saves a checkpoint and ends."""
+        return self.stopping
+
+    def provenance(self, **inputs: str) -> Provenance:
+        """What produces this stage's results, with the digests of what they were made from."""
+        params = self.settings.model_dump(mode="json")
+        packages = ("vdmini", "torch", "diffusers", "transformers")
+        return Provenance(
+            commit=_git("rev-parse", "HEAD"),
+            dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
+            params=params,
+            params_digest=json_digest(params),
+            inputs=inputs,
+            software={"python": platform.python_version(), **{name: version(name) for name in packages}},
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device_name}",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+
+def params_of(params: Params, stage: str) -> Settings:
+    """The section of a stage."""
+    return getattr(params, "register_" if stage == "register" else stage)  # type: ignore[no-any-return]
+
+
+def run_stage(name: str) -> None:
+    """Run one stage in the working directory; what `vdmini stage NAME` and dvc.yaml call."""
+    if name not in STAGES:
+        raise ValueError(f"there is no stage {name!r}; the stages are {', '.join(STAGES)}")
+    params = load_params(Path("params.yaml"))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "alembic", "mlflow", "diffusers", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from tasks._tracking import open_tracker
+
+    module = importlib.import_module(f"tasks.{name}")
+    settings = params_of(params, name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with open_tracker(name, settings.model_dump(mode="json"), SCRATCH / "tracking" / name) as tracker:
+        context = Context(name, params, tracker, device)
+
+        def stop(number: int, frame: object) -> None:
+            # The first signal lets training save its state; the second ends the process at once.
+            if context.stopping or name != "distill":
+                raise SystemExit(128 + number)
+            context.stopping = True
+
+        signal.signal(signal.SIGTERM, stop)
+        module.run(context)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    run_stage(sys.argv[1])

@@ -1,0 +1,46 @@
+"""Stage distill: recover the pruned student with the ICMD loss; resumes from its own checkpoints."""
+
+from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
+from tasks._stage import SCRATCH, Context
+from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
+from vdmini_core.distillation.icmd import distill
+from vdmini_core.models import load_denoiser
+from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.training.history import History
+
+
+def run(context: Context) -> None:
+    settings = context.params.distill
+    plan = read_json(context.input("plan") / "plan.json", Plan)
+    inputs = {
+        "teacher": teacher_manifest(context).digest,
+        "pruned": folder_digest(context.input("prune") / "unet"),
+        "latents": folder_digest(context.input("encode"), "*.safetensors"),
+    }
+    # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
+    fingerprint = json_digest({"settings": settings.model_dump(mode="json"), **inputs})
+    checkpoints = SCRATCH / "checkpoints" / fingerprint[:16]
+    history = History(checkpoints / "history.jsonl")
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        history.log(metrics, step)
+        context.log(metrics, step)
+
+    teacher = teacher_pipeline(context, "unet").denoiser
+    student = load_denoiser(context.input("prune") / "unet", context.device)
+    distill(
+        teacher,
+        student,
+        teacher.surviving(plan.removed),
+        train_clips(context),
+        settings,
+        context.device,
+        checkpoints=checkpoints,
+        fingerprint=fingerprint,
+        log=log,
+        track=context.track,
+        should_stop=context.should_stop,
+    )
+    save_denoiser(student, context.folder / "unet")
+    write_json(context.folder / "distill.json", context.provenance(**inputs))
+    history.write(context.folder / "history.json")

@@ -1,0 +1,194 @@
+"""Runs, dead servers and the registry, against a real sqlite file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tasks._registry import model_tags, register_model, resolve_model
+from tasks._tracking import finish_parent, flatten, open_tracker, start_parent
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One sqlite file for the module: creating its tables takes MLflow ten seconds."""
+    return tmp_path_factory.mktemp("tracking")
+
+
+@pytest.fixture
+def store(database: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """The default store of a project in a temporary folder."""
+    monkeypatch.chdir(database)
+    for name in ("MLFLOW_TRACKING_URI", "VDMINI_PARENT_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return MlflowClient(tracking_uri=f"sqlite:///{database}/mlflow.db")
+
+
+@pytest.fixture
+def dead_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_holds_settings_metrics_tags_and_files(store: MlflowClient, database: Path, tmp_path: Path) -> None:
+    (tmp_path / "plot.txt").write_text("a plot")
+    with open_tracker("distill", {"loop": {"max_steps": 7}, "betas": (0.9, 0.99)}, tmp_path) as tracker:
+        for step in range(1500):
+            tracker.log({"loss/task": 1.0 / (step + 1)}, step)
+        tracker.artifact(tmp_path / "plot.txt", "plots")
+        tracker.tags({"digest": "abc"})
+    assert tracker.run_id is not None
+    run = store.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"loop.max_steps": "7", "betas": "[0.9, 0.99]"}
+    assert run.data.tags["digest"] == "abc" and run.data.tags["vdmini.stage"] == "distill"
+    assert len(store.get_metric_history(tracker.run_id, "loss/task")) == 1500
+    assert (database / "mlartifacts" / tracker.run_id / "artifacts/plots/plot.txt").read_text() == "a plot"
+
+
+def test_metrics_are_on_disk_before_the_next_line_of_the_stage_runs(store: MlflowClient, tmp_path: Path) -> None:
+    with open_tracker("teacher", {}, tmp_path) as tracker:
+        tracker.log({"quality/content": 0.5, "loss": float("nan")}, 3)
+        (row,) = rows(tmp_path)
+    assert row["step"] == 3 and row["quality/content"] == 0.5 and row["loss"] is None
+
+
+def test_a_second_attempt_appends_to_the_metrics_of_the_first(store: MlflowClient, tmp_path: Path) -> None:
+    for step in range(2):
+        with open_tracker("teacher", {}, tmp_path) as tracker:
+            tracker.log({"loss": 1.0}, step)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("x"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED"), (SystemExit(1), "FAILED")],
+)
+def test_a_run_ends_as_its_stage_did(store: MlflowClient, tmp_path: Path, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), open_tracker("prune", {}, tmp_path) as tracker:
+        raise error
+    assert tracker.run_id is not None and store.get_run(tracker.run_id).info.status == status
+
+
+def test_sigterm_closes_the_run_as_killed(store: MlflowClient, database: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from tasks._tracking import open_tracker\n"
+        "with open_tracker('distill', {}, Path(sys.argv[1])) as tracker:\n"
+        "    print(tracker.run_id, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=database) as process:
+        assert process.stdout is not None
+        run_id = process.stdout.readline().strip()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    assert store.get_run(run_id).info.status == "KILLED"
+
+
+def test_a_stage_is_the_child_of_its_recipe(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = start_parent("full")
+    assert parent is not None
+    monkeypatch.setenv("VDMINI_PARENT_RUN_ID", parent)
+    monkeypatch.setenv("MLFLOW_RUN_ID", parent)
+    with open_tracker("plan", {}, tmp_path) as tracker:
+        pass
+    assert "MLFLOW_RUN_ID" not in os.environ
+    assert tracker.run_id is not None and tracker.run_id != parent
+    assert store.get_run(tracker.run_id).data.tags["mlflow.parentRunId"] == parent
+    finish_parent(parent, "FAILED", {"stage.plan": "ran"}, {"size/parameters": 3.0})
+    run = store.get_run(parent)
+    assert run.info.status == "FAILED"
+    assert run.data.metrics == {"size/parameters": 3.0} and run.data.tags["stage.plan"] == "ran"
+
+
+def test_a_child_that_died_silently_is_killed_with_its_parent(store: MlflowClient) -> None:
+    parent = start_parent("full")
+    assert parent is not None
+    experiment = store.get_run(parent).info.experiment_id
+    child = store.create_run(experiment, tags={"mlflow.parentRunId": parent}).info.run_id
+    finish_parent(parent, "KILLED", {}, {})
+    assert store.get_run(child).info.status == store.get_run(parent).info.status == "KILLED"
+
+
+def test_a_dead_server_costs_seconds_and_no_metric(
+    dead_server: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = time.monotonic()
+    with open_tracker("distill", {"a": 1}, tmp_path) as tracker:
+        for step in range(200):
+            tracker.log({"loss": float(step)}, step)
+        tracker.tags({"a": "b"})
+    assert time.monotonic() - started < 10
+    assert tracker.run_id is None
+    assert [row["loss"] for row in rows(tmp_path)] == [float(step) for step in range(200)]
+    (warning,) = [record for record in caplog.records if record.name == "vdmini.tracking"]
+    assert "http://127.0.0.1:9" in warning.getMessage() and "metrics.jsonl" in warning.getMessage()
+
+
+def test_a_flow_runs_without_a_parent_when_the_server_is_dead(dead_server: None) -> None:
+    assert start_parent("full") is None
+    finish_parent(None, "FINISHED", {}, {})
+
+
+def test_an_artifact_that_was_never_written_is_an_error(store: MlflowClient, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="write the file before"), open_tracker("plan", {}, tmp_path) as tracker:
+        tracker.artifact(tmp_path / "missing.png")
+
+
+def test_settings_become_dotted_keys_cut_at_the_limit_of_mlflow() -> None:
+    assert flatten({"a": {"b": {"c": None}}, "d": True}) == {"a.b.c": "None", "d": "True"}
+    assert len(flatten({"a": "x" * 9000})["a"]) == 6000
+
+
+def test_a_registered_folder_is_found_by_alias_and_by_version(
+    store: MlflowClient, database: Path, tmp_path: Path
+) -> None:
+    students = [database / "students" / name for name in ("first", "second")]
+    for student in students:
+        student.mkdir(parents=True)
+    with open_tracker("register", {}, tmp_path) as tracker:
+        first = register_model("round-trip", "champion", students[0], {"vdmini.digest": "d1"}, {}, tracker.run_id)
+    assert resolve_model("models:/round-trip@champion") == students[0]
+    second = register_model("round-trip", "champion", students[1], {"vdmini.digest": "d2"}, {"quality/content": 0.5})
+    assert (first, second) == (1, 2)
+    assert resolve_model("models:/round-trip@champion") == students[1]
+    assert resolve_model("models:/round-trip/1") == students[0]
+    tags = model_tags("models:/round-trip@champion")
+    assert tags["vdmini.digest"] == "d2" and tags["metric.quality/content"] == "0.5"
+    assert tags["vdmini.folder"] == "students/second"
+    students[1].rmdir()
+    with pytest.raises(FileNotFoundError, match="dvc checkout"):
+        resolve_model("models:/round-trip@champion")
+
+
+def test_what_is_not_registered_is_answered_with_what_is(store: MlflowClient, tmp_path: Path) -> None:
+    register_model("known", "champion", tmp_path, {}, {})
+    with pytest.raises(LookupError, match="no model 'nobody'.*known"):
+        resolve_model("models:/nobody@champion")
+    with pytest.raises(LookupError, match="aliases champion; versions 1"):
+        resolve_model("models:/known/9")
+    with pytest.raises(ValueError, match="expected models:/<name>@<alias>"):
+        resolve_model("known@champion")
+
+
+def test_a_dead_registry_says_how_to_start_it(dead_server: None, tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match="vdmini up"):
+        register_model("student", "champion", tmp_path, {}, {})
+    with pytest.raises(ConnectionError, match="vdmini up"):
+        resolve_model("models:/student@champion")

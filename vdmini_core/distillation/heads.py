@@ -1,0 +1,50 @@
+"""Discriminator heads of the multi-frame content adversarial loss: one spatial, one temporal a stage.
+
+They read features of the frozen teacher encoder, as in SF-V (arXiv 2406.04324) and LADD; each is told
+the noise level sigma' at which the clip was re-noised.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+NOISE_FEATURES = 32
+
+
+class Head(nn.Module):
+    """Logits for every place of features [B, C, T, h, w]; the kernel decides what it can compare."""
+
+    def __init__(self, channels: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__()
+        padding = tuple(k // 2 for k in kernel)
+        groups = math.gcd(channels, 8)
+        self.norm = nn.GroupNorm(groups, channels)
+        self.first = nn.Conv3d(channels, channels, kernel, padding=padding)
+        self.noise = nn.Linear(NOISE_FEATURES, channels)
+        self.middle_norm = nn.GroupNorm(groups, channels)
+        self.second = nn.Conv3d(channels, channels, kernel, padding=padding)
+        self.logits = nn.Conv3d(channels, 1, 1)
+
+    def forward(self, features: Tensor, noise: Tensor) -> Tensor:
+        hidden = self.first(self.norm(features)) + self.noise(noise)[:, :, None, None, None]
+        hidden = self.second(nn.functional.silu(self.middle_norm(hidden)))
+        return self.logits(nn.functional.silu(hidden))  # type: ignore[no-any-return]
+
+
+class Discriminator(nn.Module):
+    """A SpatioHead (3 x 3 within a frame) and a TemporalHead (3 frames at one place) after each stage."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.spatial = nn.ModuleList(Head(c, (1, 3, 3)) for c in channels)
+        self.temporal = nn.ModuleList(Head(c, (3, 1, 1)) for c in channels)
+
+    def forward(self, features: Sequence[Tensor], c_noise: Tensor) -> list[Tensor]:
+        """Logits of every head for stage features [B, C, T, h, w]; c_noise = ln(sigma') / 4, [B]."""
+        frequencies = 2.0 ** torch.arange(NOISE_FEATURES // 2, device=c_noise.device).div(4)
+        angles = c_noise[:, None].float() * frequencies
+        noise = torch.cat([angles.cos(), angles.sin()], 1)
+        stages = list(zip(features, self.spatial, self.temporal, strict=True))
+        return [head(f, noise) for f, spatial, temporal in stages for head in (spatial, temporal)]

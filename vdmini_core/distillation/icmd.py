@@ -1,0 +1,157 @@
+"""One ICMD training step: what student and discriminator share, and the loss of each.
+
+Individual Content and Motion Dynamics distillation (arXiv 2411.18375): the base model's own loss, the
+teacher's features frame by frame (ICD), and an adversarial loss on multi-frame features (MCA).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vdmini_core.data.latents import LatentCache, condition_of
+from vdmini_core.diffusion import edm
+from vdmini_core.distillation.heads import Discriminator
+from vdmini_core.distillation.losses import (
+    discriminator_hinge_loss,
+    generator_hinge_loss,
+    individual_content_loss,
+    velocity_loss,
+)
+from vdmini_core.distillation.taps import encoder_features, tapped
+from vdmini_core.models import SpatioTemporalUNet
+from vdmini_core.reporting import Log, Track, silent_log, silent_track
+from vdmini_core.settings import DistillSettings
+from vdmini_core.training.loop import Batch, Player, State, train
+
+
+class ICMD:
+    """Computes the losses of one step; holds the networks, owns no optimizer.
+
+    `matches` maps every teacher unit that survived to the student's unit made from it.
+    """
+
+    def __init__(
+        self,
+        teacher: SpatioTemporalUNet,
+        student: SpatioTemporalUNet,
+        discriminator: Discriminator,
+        matches: dict[str, str],
+        settings: DistillSettings,
+        device: torch.device,
+    ) -> None:
+        self.teacher, self.student, self.discriminator = teacher, student, discriminator
+        self.settings, self.device = settings, device
+        teacher_taps, student_taps = teacher.tap_modules(), student.tap_modules()
+        self.teacher_taps = {name: teacher_taps[name] for name in matches}
+        self.student_taps = {name: student_taps[match] for name, match in matches.items()}
+
+    def mca_weight(self, step: int) -> float:
+        """0 while the heads warm up, then a linear ramp to `mca_weight`."""
+        timing = self.settings.discriminator
+        into = step - timing.warmup_steps
+        return self.settings.mca_weight * min(max(into / max(timing.ramp_steps, 1), 0.0), 1.0)
+
+    def prepare(self, batch: Batch, generator: torch.Generator, step: int) -> State:
+        """Noise the clips, and run the teacher once on what the student will see."""
+        x0: Tensor = batch["latents"]
+        heads = self.settings.discriminator
+        sigma = edm.draw_sigma(len(x0), self.settings.sigma_mean, self.settings.sigma_std, generator)
+        noisy = x0 + edm.like(sigma, x0) * torch.randn(x0.shape, generator=generator)
+        heads_sigma = edm.draw_sigma(len(x0), heads.sigma_mean, heads.sigma_std, generator)
+        heads_noise = torch.randn(x0.shape, generator=generator)
+        state: State = {
+            "noisy": noisy.to(self.device),
+            "sigma": sigma.to(self.device),
+            "heads_sigma": heads_sigma.to(self.device),
+            "heads_noise": heads_noise.to(self.device),
+            "target": edm.velocity(x0, noisy, sigma).to(self.device),
+            "condition": condition_of(batch, self.device),
+            "mca_weight": self.mca_weight(step),
+        }
+        with torch.no_grad(), tapped(self.teacher_taps) as features:
+            output = self._predict(self.teacher, state)
+            state["teacher_features"] = dict(features)
+            if self.settings.mca_weight > 0:
+                x0_teacher = edm.denoised(output.float(), state["noisy"], state["sigma"])
+                state["real"] = self._renoised_features(x0_teacher, state)
+        return state
+
+    def student_loss(self, state: State) -> dict[str, Tensor]:
+        """L_task + icd_weight * L_ICD + mca_weight(step) * L_MCA."""
+        with tapped(self.student_taps) as features:
+            output = self._predict(self.student, state)
+            own = dict(features)
+        task = velocity_loss(output, state["target"])
+        icd = individual_content_loss(
+            [own[name] for name in self.teacher_taps], [state["teacher_features"][name] for name in self.teacher_taps]
+        )
+        losses = {"task": task, "icd": icd}
+        total = task + self.settings.icd_weight * icd
+        if self.settings.mca_weight > 0:
+            x0_student = edm.denoised(output.float(), state["noisy"], state["sigma"])
+            with torch.set_grad_enabled(state["mca_weight"] > 0):
+                fake = self._renoised_features(x0_student, state)
+                losses["mca"] = generator_hinge_loss(self.discriminator(fake, edm.c_noise(state["heads_sigma"])))
+            state["fake"] = [feature.detach() for feature in fake]
+            total = total + state["mca_weight"] * losses["mca"]
+        return {"total": total, **losses}
+
+    def discriminator_loss(self, state: State) -> dict[str, Tensor]:
+        """Hinge on the features the student's step left behind; no gradient reaches the student."""
+        level = edm.c_noise(state["heads_sigma"])
+        fake, real = self.discriminator(state["fake"], level), self.discriminator(state["real"], level)
+        gap = torch.stack([(r.float().mean() - f.float().mean()) for f, r in zip(fake, real, strict=True)]).mean()
+        return {"total": discriminator_hinge_loss(fake, real), "real_minus_fake": gap.detach()}
+
+    def _predict(self, denoiser: SpatioTemporalUNet, state: State) -> Tensor:
+        sigma = state["sigma"]
+        scaled = state["noisy"] * edm.c_in(edm.like(sigma, state["noisy"]))
+        return denoiser(scaled, edm.c_noise(sigma), state["condition"])
+
+    def _renoised_features(self, x0: Tensor, state: State) -> list[Tensor]:
+        """Multi-frame features of the frozen teacher encoder for a clip re-noised to sigma'."""
+        sigma = edm.like(state["heads_sigma"], x0)
+        scaled = (x0 + sigma * state["heads_noise"]) * edm.c_in(sigma)
+        return encoder_features(self.teacher, scaled, edm.c_noise(state["heads_sigma"]), state["condition"])
+
+
+def distill(
+    teacher: SpatioTemporalUNet,
+    student: SpatioTemporalUNet,
+    matches: dict[str, str],
+    data: LatentCache,
+    settings: DistillSettings,
+    device: torch.device,
+    *,
+    checkpoints: Path | None = None,
+    fingerprint: str = "",
+    log: Log = silent_log,
+    track: Track = silent_track,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train `student` in place towards `teacher`; ends with its averaged (EMA) weights."""
+    loop = settings.loop
+    torch.manual_seed(loop.seed)
+    discriminator = Discriminator(teacher.encoder_widths()).to(device)
+    step = ICMD(teacher, student, discriminator, matches, settings, device)
+    players = [Player("student", student.model.train(), step.student_loss, settings.learning_rate)]
+    if settings.mca_weight > 0:
+        rate = settings.discriminator.learning_rate
+        players.append(Player("discriminator", discriminator, step.discriminator_loss, rate))
+    train(
+        players,
+        lambda position: data.shuffled(position, loop.batch_size, loop.seed),
+        step.prepare,
+        loop,
+        device=device,
+        checkpoints=checkpoints,
+        fingerprint=fingerprint,
+        log=log,
+        track=track,
+        should_stop=should_stop,
+    )
+    assert players[0].ema is not None
+    players[0].ema.copy_to(student.model)
+    student.model.eval().requires_grad_(False)

@@ -1,0 +1,95 @@
+"""Generates clips on fixed seeds and judges them: content and motion, apart."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vdmini_core.artifacts import Quality
+from vdmini_core.data.latents import LatentCache, condition_of
+from vdmini_core.evaluation.evaluator import Evaluator, accuracies
+from vdmini_core.evaluation.metrics.frechet import frechet_distance
+from vdmini_core.models import SVD, SpatioTemporalUNet
+from vdmini_core.reporting import Track, silent_track
+from vdmini_core.settings import SamplerSettings
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The evaluator's features and verdicts of N clips; `right` columns are content and motion.
+
+    `right` is None where the clips carry no labels.
+    """
+
+    content: Tensor
+    motion: Tensor
+    right: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+@torch.no_grad()
+def judge(batches: Iterator[tuple[Tensor, Tensor]], evaluator: Evaluator) -> Judged:
+    """Judge (clips [B, 3, T, H, W], labels [B, 3], -1 where unknown) batch by batch."""
+    content, motion, right, labelled = [], [], [], True
+    for clips, labels in batches:
+        judgement = evaluator(clips)
+        content.append(judgement.content.cpu())
+        motion.append(judgement.motion.cpu())
+        labelled = labelled and bool((labels >= 0).all())
+        right.append(torch.stack(accuracies(judgement, labels.to(clips.device)), 1).cpu())
+    return Judged(torch.cat(content), torch.cat(motion), torch.cat(right) if labelled else None)
+
+
+def compare(generated: Judged, reference: Judged) -> Quality:
+    """Accuracies of the generated clips and their toy Frechet distances to the reference (ddof 0)."""
+    accuracy = None if generated.right is None else generated.right.float().mean(0).tolist()
+    return Quality(
+        clips=len(generated),
+        content_accuracy=None if accuracy is None else accuracy[0],
+        motion_accuracy=None if accuracy is None else accuracy[1],
+        content_distance=frechet_distance(generated.content.numpy(), reference.content.numpy()),
+        motion_distance=frechet_distance(generated.motion.numpy(), reference.motion.numpy()),
+    )
+
+
+def decoded_batches(
+    pipeline: SVD, data: LatentCache, count: int, batch_size: int, first: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Real clips as the VAE shows them, so that real and generated differ by the denoiser alone."""
+    device = pipeline.vae.device
+    for rows in data.batches(count, batch_size, first):
+        yield pipeline.decode(rows["latents"].to(device)), rows["labels"]
+
+
+def generated_batches(
+    pipeline: SVD,
+    denoiser: SpatioTemporalUNet,
+    data: LatentCache,
+    settings: SamplerSettings,
+    track: Track = silent_track,
+    description: str = "generate",
+    keep: Callable[[Tensor], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Generate from the first `settings.clips` conditions; clip i starts from noise of (seed, i).
+
+    `keep(clips)` receives every decoded batch.
+    """
+    device = pipeline.vae.device
+    batches = list(range(0, settings.clips, settings.batch_size))
+    rows_of = data.batches(settings.clips, settings.batch_size)
+    for start, rows in zip(track(batches, description, len(batches)), rows_of, strict=True):
+        noise = noise_for(settings.seed, range(start, start + len(rows["latents"])), rows["latents"].shape[1:])
+        latents = pipeline.sample(denoiser, noise.to(device), condition_of(rows, device), settings.steps)
+        clips = pipeline.decode(latents)
+        if keep is not None:
+            keep(clips)
+        yield clips, rows["labels"]
+
+
+def noise_for(seed: int, clips: range, shape: torch.Size) -> Tensor:
+    """Standard normal noise [B, ...]; each clip's depends on (seed, its index) alone, not on the batch."""
+    generators = (torch.Generator().manual_seed(seed * 1_000_003 + clip) for clip in clips)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

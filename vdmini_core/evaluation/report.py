@@ -1,0 +1,299 @@
+"""Writes the evaluation as one self-contained HTML page: verdict, table, clips, plan, sensitivity, training."""
+
+import base64
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Plan, Provenance, Quality, SensitivityReport
+from vdmini_core.evaluation.plots import has_accuracies, inline_svg, plan_row, sensitivity_figure, training_figures
+
+TITLE = "What pruning took and recovery gave back"
+NOT_AVAILABLE = "n/a"
+ROWS = ("teacher", "pruned", "recovered")
+MEDIA_TYPES = {".png": "image/png", ".mp4": "video/mp4"}
+DISTANCE = "Toy Frechet distance (own evaluator)"
+# The template holds the table's head; these name the cells where a narrow screen shows rows as cards.
+COST_COLUMNS = ("Parameters", "FLOPs", "Latency, median [p10–p90]", "Peak memory")
+QUALITY_COLUMNS = ("Clips, N", "Content accuracy", "Motion accuracy", f"{DISTANCE}, content", f"{DISTANCE}, motion")
+
+
+def write_report(
+    target: Path,
+    evaluation: EvaluationReport,
+    sensitivity: SensitivityReport,
+    plan: Plan,
+    clips: Path,
+    training: list[dict[str, float]] | None,
+) -> None:
+    """Write the page to `target`, whole or not at all.
+
+    `evaluation.gallery` names files relative to the folder `clips`; they are embedded. A missing one
+    raises FileNotFoundError. Ratios are computed from the rows, so the page cannot contradict its table.
+    """
+    page = Template(resources.files("vdmini_core.evaluation").joinpath("report.html").read_text("utf-8"))
+    rows = _named_rows(evaluation)
+    text = page.substitute(
+        title=TITLE,
+        verdict=escape(verdict(evaluation)),
+        byline=_byline(evaluation),
+        warning=_warning(sensitivity),
+        tiles=_tiles(rows, evaluation.recovery),
+        rows=_table(rows, evaluation.floor),
+        chance=escape(_chance_note([row.quality for row in evaluation.rows])),
+        gallery="".join(_clip(index, entry, clips) for index, entry in enumerate(evaluation.gallery, 1)),
+        plan=_plan(plan, sensitivity),
+        sensitivity=_sensitivity(sensitivity, plan),
+        training=_training(training or []),
+        provenance=_provenance(evaluation, sensitivity, plan),
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.partial")
+    draft.write_text(text, "utf-8")
+    os.replace(draft, target)
+
+
+def verdict(evaluation: EvaluationReport) -> str:
+    """One plain-text sentence that holds only what the rows and the recovery shares say."""
+    rows = _named_rows(evaluation)
+    teacher, student = rows["teacher"], rows["recovered"]
+    saved = 1 - student.parameters / teacher.parameters
+    size = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} parameters"
+    ratio = student.latency.median_ms / teacher.latency.median_ms
+    speed = f"one network call takes {ratio:.2f} times the teacher's median latency"
+    if student.latency.p90_ms >= teacher.latency.p10_ms and teacher.latency.p90_ms >= student.latency.p10_ms:
+        speed += " (the p10–p90 ranges overlap, so no difference in speed is shown)"
+    shares = [_share_phrase(_recovery_name(key), share) for key, share in evaluation.recovery.items()]
+    gap = f"of the gap that pruning opened, recovery closed {_join(shares)}" if shares else "no recovery was measured"
+    return f"The recovered student has {size} than the teacher, {speed}, and {gap}."
+
+
+def _share_phrase(name: str, share: float | None) -> str:
+    if share is None:
+        return f"an unmeasured share ({NOT_AVAILABLE}) in {name}"
+    if share < 0:
+        return f"none in {name} (the gap widened by {-share:.0%})"
+    return f"{share:.0%} in {name}"
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _recovery_name(key: str) -> str:
+    return key.replace("_", " ").replace("distance", "toy Frechet distance")
+
+
+def _named_rows(evaluation: EvaluationReport) -> dict[str, EvaluationRow]:
+    rows = {row.name: row for row in evaluation.rows}
+    if tuple(rows) != ROWS:
+        raise ValueError(f"the evaluation holds the rows {', '.join(rows) or '(none)'}; expected {', '.join(ROWS)}")
+    return rows
+
+
+def _byline(evaluation: EvaluationReport) -> str:
+    source = evaluation.provenance
+    changes = " with uncommitted changes" if source.dirty else ""
+    return escape(f"{source.created} · commit {source.commit[:12]}{changes} · {source.machine}")
+
+
+def _warning(sensitivity: SensitivityReport) -> str:
+    failed = [name for name, passed in sensitivity.teacher_gates.items() if not passed]
+    if not failed:
+        return ""
+    return (
+        '<div class="warning" role="note"><p><strong>teacher inadequate for conclusions about blocks</strong>: '
+        f"failed {escape(', '.join(failed))}.</p></div>"
+    )
+
+
+def _tiles(rows: Mapping[str, EvaluationRow], recovery: Mapping[str, float | None]) -> str:
+    teacher, student = rows["teacher"], rows["recovered"]
+    tiles = [
+        (f"{student.parameters / teacher.parameters - 1:+.1%}".replace("-", "−"), "parameters, against the teacher"),
+        (f"{student.latency.median_ms / teacher.latency.median_ms:.2f}×", "the teacher's median latency"),
+    ]
+    for key, share in recovery.items():
+        value = NOT_AVAILABLE if share is None else f"{share:.0%}".replace("-", "−")
+        tiles.append((value, f"of the gap in {_recovery_name(key)} closed by recovery"))
+    return "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for value, what in tiles)
+
+
+def _table(rows: Mapping[str, EvaluationRow], floor: Quality) -> str:
+    """The three rows and the floor; explicit roles keep it a table where CSS shows it as cards."""
+    body = []
+    for row in rows.values():
+        cells = [*_costs(row, rows["teacher"]), *_quality(row.quality)]
+        body.append(_row(row.name, "", "chosen" if row.name == "recovered" else "", cells))
+    body.append(_row("real versus real", "floor of the distances", "floor", ["", "", "", "", *_quality(floor)]))
+    return "".join(body)
+
+
+def _row(name: str, remark: str, style: str, cells: Sequence[str]) -> str:
+    remark = f"<small>{escape(remark)}</small>" if remark else ""
+    tds = "".join(
+        f'<td role="cell" data-label="{label}" class="{"" if cell else "empty"}"><span>{cell or "–"}</span></td>'
+        for label, cell in zip(COST_COLUMNS + QUALITY_COLUMNS, cells, strict=True)
+    )
+    head = f'<th scope="row" role="rowheader">{escape(name)}{remark}</th>'
+    return f'<tr role="row" class="{style}">{head}{tds}</tr>'
+
+
+def _costs(row: EvaluationRow, teacher: EvaluationRow) -> list[str]:
+    """Cells (HTML) of what the network costs, each with its ratio to the teacher."""
+    median, p10, p90 = row.latency.median_ms, row.latency.p10_ms, row.latency.p90_ms
+    cells = (
+        (_scaled(row.parameters), row.parameters, teacher.parameters),
+        (_scaled(row.flops), row.flops, teacher.flops),
+        (f"{median:.4g} ms <small>[{p10:.4g}–{p90:.4g}]</small>", median, teacher.latency.median_ms),
+        (f"{row.peak_memory_bytes / 2**20:.4g} MiB", row.peak_memory_bytes, teacher.peak_memory_bytes),
+    )
+    if row is teacher:
+        return [text for text, _, _ in cells]
+    return [f"{text}<small>{value / of:.2f}× teacher</small>" if of else text for text, value, of in cells]
+
+
+def _quality(quality: Quality) -> list[str]:
+    return [
+        str(quality.clips),
+        _percent(quality.content_accuracy),
+        _percent(quality.motion_accuracy),
+        f"{quality.content_distance:.4g}",
+        f"{quality.motion_distance:.4g}",
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return NOT_AVAILABLE if value is None else f"{value:.1%}"
+
+
+def _scaled(value: int) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return str(value)
+
+
+def _chance_note(qualities: Sequence[Quality]) -> str:
+    """What chance alone does to an accuracy, for the smallest N."""
+    if all(q.content_accuracy is None and q.motion_accuracy is None for q in qualities):
+        return f"Accuracies are {NOT_AVAILABLE}: these clips carry no labels the evaluator knows."
+    clips = min(quality.clips for quality in qualities)
+    half_width = 196 * math.sqrt(0.25 / clips)
+    return f"With N = {clips}, chance alone moves an accuracy of 50% by ±{half_width:.1f} points (95% interval)."
+
+
+def _clip(index: int, entry: Mapping[str, str], clips: Path) -> str:
+    caption = f"Clip {index}" + (f": {entry['caption']}" if "caption" in entry else "")
+    tracks = []
+    for column, name in entry.items():
+        if column == "caption":
+            continue
+        source, text = _data_uri(clips / name), escape(f"{column}, {caption}")
+        if source.startswith("data:image"):
+            medium = f'<img src="{source}" alt="{text}">'
+        else:
+            medium = (
+                f'<video src="{source}" aria-label="{text}" muted loop playsinline controls preload="auto"></video>'
+            )
+        tracks.append(f"<figure>{medium}<figcaption>{escape(column)}</figcaption></figure>")
+    body = f'<div class="tracks">{"".join(tracks)}</div>'
+    return f'<figure class="clip"><figcaption>{escape(caption)}</figcaption>{body}</figure>'
+
+
+def _data_uri(path: Path) -> str:
+    if path.suffix not in MEDIA_TYPES:
+        raise ValueError(f"{path} cannot be embedded; the gallery takes {', '.join(MEDIA_TYPES)}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is in the evaluation's gallery but does not exist; run the evaluate stage again"
+        )
+    return f"data:{MEDIA_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _plan(plan: Plan, sensitivity: SensitivityReport) -> str:
+    drawing = plan_row(plan, {score.name: score.depth for score in sensitivity.scores})
+    return (
+        f"<p>The plan ({escape(plan.method)}) removes {len(plan.removed)} of {len(plan.removed) + len(plan.kept)} "
+        f"units: {_scaled(plan.teacher_parameters)} → {_scaled(plan.student_parameters)} parameters, "
+        f"{_scaled(plan.teacher_flops)} → {_scaled(plan.student_flops)} FLOPs. "
+        f"Removed units are struck out.</p>{drawing}"
+    )
+
+
+def _sensitivity(report: SensitivityReport, plan: Plan) -> str:
+    measure = "accuracy lost" if has_accuracies(report) else "rise of the toy Frechet distance (own evaluator)"
+    description = f"Bars per block and per pair: {measure} in content and motion when bypassed, parameters, latency."
+    figure = inline_svg(sensitivity_figure(report, plan.removed), "sensitivity", description)
+    base = report.baseline
+    gates = ", ".join(f"{name} {'passed' if ok else 'failed'}" for name, ok in report.teacher_gates.items())
+    return (
+        f"<p>Each unit of the intact teacher is bypassed alone, without training: {escape(measure)}, higher is worse. "
+        f"The teacher itself on these {base.clips} clips: content {_percent(base.content_accuracy)}, "
+        f"motion {_percent(base.motion_accuracy)}.</p>"
+        f'<div class="plot wide scroll" tabindex="0" role="region" aria-label="Sensitivity plot">{figure}</div>'
+        f'<p class="quiet">Teacher gates: {escape(gates) or "none recorded"}. {escape(_chance_note([base]))}</p>'
+        f"<details><summary>The same as a table</summary>{_scores_table(report)}</details>"
+    )
+
+
+def _scores_table(report: SensitivityReport) -> str:
+    headings = ("Unit", "Content accuracy", "Motion accuracy", "Content distance", "Motion distance")
+    head = "".join(f'<th scope="col">{name}</th>' for name in (*headings, "Parameters", "Latency"))
+    body = "".join(
+        f'<tr><th scope="row">{escape(score.name)}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in _quality(score.quality)[1:])
+        + f"<td>{_scaled(score.parameters)}</td><td>{score.latency_ms:.4g} ms</td></tr>"
+        for score in report.scores
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="Sensitivity table">{table}</div>'
+
+
+def _training(records: Sequence[Mapping[str, float]]) -> str:
+    curves = "".join(
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<div class="plot">{inline_svg(figure, f"curve{index}", f"{title}, over the training steps")}</div></figure>'
+        for index, (title, figure) in enumerate(training_figures(records).items())
+    )
+    if not curves:
+        return ""
+    return (
+        '<section aria-labelledby="training"><h2 id="training">Recovery training</h2>'
+        '<p class="quiet">Losses as logged, under a running mean from 20 points on. The adversarial ones need not fall.</p>'
+        f'<div class="curves">{curves}</div></section>'
+    )
+
+
+def _provenance(evaluation: EvaluationReport, sensitivity: SensitivityReport, plan: Plan) -> str:
+    """Folded facts: who made each result, from what, under which protocol."""
+    parts: dict[str, tuple[Provenance, dict[str, Any]]] = {
+        "Evaluation": (evaluation.provenance, _protocol(evaluation)),
+        "Sensitivity": (sensitivity.provenance, _protocol(sensitivity)),
+        "Plan": (plan.provenance, {"report digest": plan.report_digest, "teacher digest": plan.teacher_digest}),
+    }
+    return "".join(
+        f"<details><summary>{name}</summary>{_facts({**facts, **source.model_dump(mode='json')})}</details>"
+        for name, (source, facts) in parts.items()
+    )
+
+
+def _protocol(report: EvaluationReport | SensitivityReport) -> dict[str, Any]:
+    return {"protocol digest": report.protocol_digest, "protocol": report.protocol}
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    rows = []
+    for name, value in facts.items():
+        nested = isinstance(value, dict | list)
+        shown = (
+            f"<pre>{escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre>" if nested else escape(str(value))
+        )
+        rows.append(f'<tr><th scope="row">{escape(name)}</th><td>{shown}</td></tr>')
+    return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'

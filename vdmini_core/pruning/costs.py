@@ -1,0 +1,127 @@
+"""What a network and each of its units cost: parameters, FLOPs (meta device), measured latency."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vdmini_core.artifacts import Latency
+from vdmini_core.models import Condition, SpatioTemporalUNet
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of the whole network, and per unit name."""
+
+    parameters: int
+    flops: int
+    unit_parameters: dict[str, int]
+    unit_flops: dict[str, int]
+
+
+def count_costs(denoiser: SpatioTemporalUNet, latents: Tensor, condition: Condition) -> Costs:
+    """Parameters, and FLOPs of one call with these inputs (2 per multiply-add, attention included).
+
+    Counted on the meta device, where attention is not fused away from the counter.
+    """
+    model = denoiser.model
+    with torch.device("meta"):
+        empty = type(model)(**{k: v for k, v in dict(model.config).items() if not k.startswith("_")})
+    # Some scalars of diffusers' blocks are made on the CPU whatever the context says.
+    twin = SpatioTemporalUNet(empty.to("meta"))
+    meta = {key: value.to("meta") for key, value in condition.items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(latents.to("meta"), torch.ones(len(latents), device="meta"), meta)
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    prefix = f"{type(twin.model).__name__}."
+    return Costs(
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops=counter.get_total_flops(),
+        unit_parameters={
+            u.name: sum(p.numel() for path in u.modules for p in model.get_submodule(path).parameters())
+            for u in denoiser.units
+        },
+        unit_flops={u.name: sum(counts.get(prefix + path, 0) for path in u.modules) for u in denoiser.units},
+    )
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's queued work, so that a clock reads the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_latency(call: Callable[[], object], device: torch.device, *, runs: int, warmup: int) -> Latency:
+    """Time `call` alone; median, 10th and 90th percentile in milliseconds."""
+    return measure_latencies({"": call}, device, runs=runs, warmup=warmup)[""]
+
+
+def measure_latencies(
+    calls: dict[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int
+) -> dict[str, Latency]:
+    """Time several calls in turn (A B C A B C ...), so that a drifting machine bears on all alike."""
+    samples: dict[str, list[float]] = defaultdict(list)
+    for run in range(warmup + runs):
+        for name, call in calls.items():
+            synchronise(device)
+            start = time.perf_counter()
+            call()
+            synchronise(device)
+            if run >= warmup:
+                samples[name].append((time.perf_counter() - start) * 1000)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> Latency:
+    deciles = statistics.quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
+    return Latency(median_ms=statistics.median(values), p10_ms=deciles[0], p90_ms=deciles[8], runs=len(values))
+
+
+def measure_units(
+    denoiser: SpatioTemporalUNet, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
+) -> dict[str, float]:
+    """Median milliseconds spent inside each unit during whole forward calls, one after the other."""
+    device = next(denoiser.model.parameters()).device
+    spent: dict[str, list[float]] = {unit.name: [] for unit in denoiser.units}
+    started: dict[str, float] = {}
+    total: dict[str, float] = defaultdict(float)
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object) -> None:
+            synchronise(device)
+            started[name] = time.perf_counter()
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            synchronise(device)
+            total[name] += (time.perf_counter() - started[name]) * 1000
+
+        return hook
+
+    handles = []
+    for unit in denoiser.units:
+        for path in unit.modules:
+            module = denoiser.model.get_submodule(path)
+            handles += [
+                module.register_forward_pre_hook(before(unit.name)),
+                module.register_forward_hook(after(unit.name)),
+            ]
+    try:
+        with torch.no_grad():
+            for run in range(warmup + runs):
+                total.clear()
+                denoiser(latents, torch.zeros(len(latents), device=device), condition)
+                if run >= warmup:
+                    for name, values in spent.items():
+                        values.append(total[name])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: statistics.median(values) for name, values in spent.items()}

@@ -1,0 +1,122 @@
+"""What every block and R-A pair is worth: bypass it, generate, and judge content and motion.
+
+Paper, Figs. 1 and A4-A6, with two judges instead of one FVD: content and motion apart.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+from vdmini_core.artifacts import Provenance, Quality, SensitivityReport, UnitScore, json_digest
+from vdmini_core.data.latents import LatentCache, condition_of
+from vdmini_core.evaluation.evaluator import Evaluator
+from vdmini_core.evaluation.quality import Judged, compare, decoded_batches, generated_batches, judge
+from vdmini_core.models import SVD
+from vdmini_core.models.graph import expand
+from vdmini_core.pruning.costs import count_costs, measure_units
+from vdmini_core.reporting import Track, silent_track
+from vdmini_core.settings import SensitivitySettings
+
+GATE_ACCURACY = 0.9
+GATE_BLOCKS = ("D.2", "U.1")
+HARMFUL_DROP = 0.1
+
+
+def measure_sensitivity(
+    pipeline: SVD,
+    data: LatentCache,
+    evaluator: Evaluator,
+    settings: SensitivitySettings,
+    protocol: dict[str, Any],
+    provenance: Provenance,
+    track: Track = silent_track,
+) -> SensitivityReport:
+    """Score every block and pair of the pipeline's denoiser on the same conditions and noise."""
+    denoiser = pipeline.denoiser
+    first = next(data.batches(1, 1))
+    condition = condition_of(first, pipeline.vae.device)
+    latents = first["latents"].to(pipeline.vae.device)
+    costs = count_costs(denoiser, latents, condition)
+    latency = measure_units(denoiser, latents, condition, runs=settings.latency_runs)
+
+    reference = judge(decoded_batches(pipeline, data, settings.clips, settings.batch_size), evaluator)
+    other = judge(decoded_batches(pipeline, data, settings.clips, settings.batch_size, settings.clips), evaluator)
+
+    def quality_without(names: Sequence[str]) -> Quality:
+        with denoiser.bypass(names):
+            judged: Judged = judge(generated_batches(pipeline, denoiser, data, settings), evaluator)
+        return compare(judged, reference)
+
+    baseline = quality_without(())
+    # A block of a single unit (the mid block) is scored once, as a block.
+    blocks = [(block, "block") for block in denoiser.blocks]
+    pairs = [(unit.name, "pair") for unit in denoiser.units if unit.name != unit.block]
+    scores = []
+    for name, kind in track(blocks + pairs, "bypass", len(blocks) + len(pairs)):
+        members = expand([name], denoiser.units)
+        scores.append(
+            UnitScore(
+                name=name,
+                kind=kind,
+                depth=next(u.depth for u in denoiser.units if u.name == members[0]),
+                parameters=sum(costs.unit_parameters[m] for m in members),
+                flops=sum(costs.unit_flops[m] for m in members),
+                latency_ms=sum(latency[m] for m in members),
+                quality=quality_without([name]),
+            )
+        )
+    return SensitivityReport(
+        protocol=protocol,
+        protocol_digest=json_digest(protocol),
+        baseline=baseline,
+        floor=compare(other, reference),
+        scores=tuple(scores),
+        teacher_gates=teacher_gates(baseline, scores),
+        provenance=provenance,
+    )
+
+
+def teacher_gates(baseline: Quality, scores: Sequence[UnitScore]) -> dict[str, bool]:
+    """Whether the teacher is fit for conclusions about blocks; empty where clips carry no labels.
+
+    Accuracies of at least 0.9, and a drop of at least 0.1 in content or motion accuracy without D.2
+    and without U.1.
+    """
+    if baseline.content_accuracy is None or baseline.motion_accuracy is None:
+        return {}
+    gates = {
+        f"content accuracy >= {GATE_ACCURACY}": baseline.content_accuracy >= GATE_ACCURACY,
+        f"motion accuracy >= {GATE_ACCURACY}": baseline.motion_accuracy >= GATE_ACCURACY,
+    }
+    for score in scores:
+        if score.name in GATE_BLOCKS:
+            content, motion = score.quality.content_accuracy, score.quality.motion_accuracy
+            assert content is not None and motion is not None
+            drop = max(baseline.content_accuracy - content, baseline.motion_accuracy - motion)
+            gates[f"bypassing {score.name} costs >= {HARMFUL_DROP} accuracy"] = drop >= HARMFUL_DROP
+    return gates
+
+
+def sensitivity_table(report: SensitivityReport) -> str:
+    """The report as a markdown table."""
+
+    def percent(value: float | None) -> str:
+        return "n/a" if value is None else f"{value:.3f}"
+
+    lines = [
+        "| bypassed | content accuracy | motion accuracy | content distance | motion distance | parameters | "
+        "GFLOPs | latency ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [("nothing", report.baseline, None)] + [(s.name, s.quality, s) for s in report.scores]
+    for name, quality, score in rows:
+        cost = "| | | |" if score is None else (
+            f"| {score.parameters / 1e6:.3f} M | {score.flops / 1e9:.3f} | {score.latency_ms:.2f} |"
+        )
+        lines.append(
+            f"| {name} | {percent(quality.content_accuracy)} | {percent(quality.motion_accuracy)} "
+            f"| {quality.content_distance:.2f} | {quality.motion_distance:.2f} {cost}"
+        )
+    return "\n".join(lines) + "\n"
+
+

@@ -1,0 +1,41 @@
+"""Physical removal: a plan becomes a smaller network on disk that reloads with every key in place."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+
+from vdmini_core.artifacts import Plan, TeacherManifest
+from vdmini_core.models import IllegalPlan, SpatioTemporalUNet, load_denoiser
+
+
+def check_plan(denoiser: SpatioTemporalUNet, teacher: TeacherManifest, plan: Plan) -> None:
+    """Raise IllegalPlan unless the plan was made for this teacher and accounts for every unit once."""
+    if plan.teacher_digest != teacher.digest:
+        raise IllegalPlan("the plan was made for another teacher (its digest differs); run stage plan again")
+    names = [unit.name for unit in denoiser.units]
+    if sorted(plan.removed + plan.kept) != sorted(names):
+        odd = sorted(set(plan.removed + plan.kept) ^ set(names)) or sorted(set(plan.removed) & set(plan.kept))
+        raise IllegalPlan(
+            f"the plan's removed and kept units are not the teacher's units, each once: see {', '.join(odd)}"
+        )
+
+
+def prune(
+    denoiser: SpatioTemporalUNet, teacher: TeacherManifest, plan: Plan, folder: Path, dtype: torch.dtype
+) -> SpatioTemporalUNet:
+    """Build the student, save it as `folder/unet` and return it as reloaded from there."""
+    check_plan(denoiser, teacher, plan)
+    student = denoiser.without(plan.removed)
+    save_denoiser(student, folder / "unet", dtype)
+    return load_denoiser(folder / "unet")
+
+
+def save_denoiser(denoiser: SpatioTemporalUNet, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save the network so that it is there whole or not at all; the network itself stays as it is."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    copy.deepcopy(denoiser.model).to(dtype).save_pretrained(draft, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)

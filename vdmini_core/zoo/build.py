@@ -1,0 +1,164 @@
+"""Builds the zoo from nothing: VAE, image encoder, evaluator, teacher, each with its manifest entry.
+
+Every part is skipped if its weights are in the target folder already; the teacher's training
+resumes from its checkpoints.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from vdmini_core.artifacts import file_digest, json_digest, write_json
+from vdmini_core.evaluation.evaluator import accuracies, load_evaluator, save_evaluator
+from vdmini_core.models.loading import load_component
+from vdmini_core.reporting import Log, Track, silent_log, silent_track
+from vdmini_core.settings import LoopSettings
+from vdmini_core.zoo.clips import ClipSet, render_set, to_model_range
+from vdmini_core.zoo.evaluator import CORRUPTIONS, compress, corrupt, reconstruct, train_evaluator
+from vdmini_core.zoo.image_encoder import train_image_encoder
+from vdmini_core.zoo.teacher import LatentSet, encode_set, train_teacher
+from vdmini_core.zoo.vae import train_vae
+
+TEACHER = "i2v-shapes"
+FRAMES, SIZE = 8, 64
+# Clips of the four trainings and of the evaluator's test never share a seed.
+VAE_SEED, ENCODER_SEED, TEACHER_SEED, TEST_SEED = 1, 1, 3, 77
+EVALUATOR_SEEDS = (5, 6, 7)
+
+SETTINGS = {
+    "vae": LoopSettings(max_steps=1300, batch_size=4, warmup_steps=50, log_every=50, ema_decay=0.99),
+    "image_encoder": LoopSettings(
+        max_steps=700, batch_size=64, warmup_steps=50, log_every=50, ema_decay=0.99, weight_decay=0.01, precision="fp32"
+    ),
+    "evaluator": LoopSettings(max_steps=1500, batch_size=24, warmup_steps=50, log_every=100, ema_decay=0.99),
+    "teacher": LoopSettings(max_steps=6000, batch_size=4, warmup_steps=100, checkpoint_every=500, ema_decay=0.998),
+}
+
+
+def build_zoo(
+    target: Path,
+    scratch: Path,
+    device: torch.device,
+    log: Log = silent_log,
+    track: Track = silent_track,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Train what `target` lacks. About 80 minutes on two CPU cores, minutes on a GPU."""
+    teacher = target / TEACHER
+    if not (teacher / "vae").is_dir():
+        say("training the VAE")
+        clips = render_set(4320, VAE_SEED, frames=FRAMES, size=SIZE)
+        train_vae(clips, SETTINGS["vae"], device, log, track).half().save_pretrained(teacher / "vae")
+    vae = load_component(AutoencoderKLTemporalDecoder, teacher / "vae").to(device)
+    if not (teacher / "image_encoder").is_dir():
+        say("training the image encoder")
+        clips = render_set(8640, ENCODER_SEED, frames=1, size=SIZE)
+        encoder = train_image_encoder(clips, SETTINGS["image_encoder"], device, log, track)
+        encoder.half().save_pretrained(teacher / "image_encoder")
+    image_encoder = load_component(CLIPVisionModelWithProjection, teacher / "image_encoder").to(device)
+    if not (target / "evaluator").is_dir():
+        say("training the evaluator")
+        build_evaluator(target / "evaluator", vae, device, log, track)
+    if not (teacher / "unet").is_dir():
+        say("training the teacher")
+        data = _teacher_data(scratch, vae, image_encoder, track)
+        settings = SETTINGS["teacher"]
+        unet = train_teacher(
+            data,
+            settings,
+            device,
+            checkpoints=scratch / "teacher",
+            fingerprint=json_digest(settings),
+            log=log,
+            track=track,
+        )
+        unet.half().save_pretrained(teacher / "unet")
+    write_fixed_parts(teacher)
+
+
+def write_fixed_parts(teacher: Path) -> None:
+    """Scheduler, image processor and index of the pipeline folder, in SVD's layout."""
+    EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        interpolation_type="linear",
+        use_karras_sigmas=True,
+        sigma_min=0.02,
+        sigma_max=40.0,
+        timestep_type="continuous",
+        timestep_spacing="leading",
+        steps_offset=1,
+    ).save_pretrained(teacher / "scheduler")
+    CLIPImageProcessor().save_pretrained(teacher / "feature_extractor")
+    write_json(
+        teacher / "model_index.json",
+        {
+            "_class_name": "StableVideoDiffusionPipeline",
+            "_diffusers_version": "0.42.1",
+            "feature_extractor": ["transformers", "CLIPImageProcessor"],
+            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+            "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+            "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+        },
+    )
+
+
+def build_evaluator(
+    folder: Path, vae: AutoencoderKLTemporalDecoder, device: torch.device, log: Log, track: Track
+) -> None:
+    """Train on clean, compressed and reconstructed clips whose beacons tell nothing."""
+    clean, compressed, reconstructed = (
+        render_set(count, seed, frames=FRAMES, size=SIZE, random_beacon=True)
+        for count, seed in zip((4320, 4320, 2160), EVALUATOR_SEEDS, strict=True)
+    )
+    variants = [clean, compress(compressed, seed=6), reconstruct(reconstructed, vae)]
+    save_evaluator(train_evaluator(variants, SETTINGS["evaluator"], device, log, track), folder)
+
+
+def corruption_table(evaluator_folder: Path, vae: AutoencoderKLTemporalDecoder) -> dict[str, dict[str, float]]:
+    """Content and motion accuracy on 1,080 held-out encoded clips, whole and damaged."""
+    evaluator = load_evaluator(evaluator_folder)
+    test = compress(render_set(1080, TEST_SEED, frames=FRAMES, size=SIZE), seed=8, quantisers=(3, 3))
+    table = {name: _accuracy(evaluator, test, name) for name in CORRUPTIONS}
+    table["through the VAE"] = _accuracy(evaluator, reconstruct(test, vae), "none")
+    return table
+
+
+@torch.no_grad()
+def _accuracy(evaluator: torch.nn.Module, clips: ClipSet, corruption: str) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(1)
+    right = []
+    for pixels, labels in zip(clips.pixels.split(64), clips.labels.split(64), strict=True):
+        damaged = corrupt(to_model_range(pixels), corruption, generator)
+        right.append(torch.stack(accuracies(evaluator(damaged), labels), 1))
+    content, motion = torch.cat(right).float().mean(0).tolist()
+    return {"content_accuracy": round(content, 4), "motion_accuracy": round(motion, 4)}
+
+
+def _teacher_data(
+    scratch: Path, vae: AutoencoderKLTemporalDecoder, image_encoder: CLIPVisionModelWithProjection, track: Track
+) -> LatentSet:
+    """The encoded training clips, kept in the scratch folder between sessions."""
+    file = scratch / "latents.safetensors"
+    if not file.is_file():
+        clips = render_set(6480, TEACHER_SEED, frames=FRAMES, size=SIZE)
+        data = encode_set(clips, vae, image_encoder, TEACHER_SEED, track)
+        scratch.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".partial")
+        save_file({name: getattr(data, name).clone() for name in ("latents", "image_latents", "embeddings")}, draft)
+        draft.rename(file)
+    return LatentSet(**load_file(file))
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `manifest.json` beside weights: the given facts and the sha256 of every weight file."""
+    digests = {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*.safetensors"))}
+    write_json(folder / "manifest.json", {**facts, "sha256": digests})
