@@ -33,7 +33,14 @@ Say = Callable[[str], None]
 
 
 def record_path(root: Path, name: str) -> Path:
+    """Where a running service is recorded."""
+    """Where a service's process id and address are written; its log lies beside it."""
     return root / ".scratch" / "services" / f"{name}.json"
+
+
+def _profile(root: Path) -> Path:
+    """Where prefect.toml tells a plain `prefect` command to look for the server's address."""
+    return root / ".scratch" / "prefect" / "profiles.toml"
 
 
 def running(root: Path, name: str) -> dict[str, Any] | None:
@@ -132,7 +139,6 @@ def down(root: Path, say: Say) -> None:
         count = _stop(root, name)
         if count:
             say(f"{name:8}stopped ({count} process{'es' if count > 1 else ''})")
-    (root / ".scratch" / "prefect" / "profiles.toml").unlink(missing_ok=True)
 
 
 def end_tree(pid: int, created: float, grace_s: float = STOP_GRACE_S) -> int:
@@ -233,6 +239,8 @@ def _stop(root: Path, name: str) -> int:
     record = json.loads(path.read_text())
     count = end_tree(record["pid"], record["created"])
     path.unlink()
+    if name == "prefect":
+        _profile(root).unlink(missing_ok=True)
     return count
 
 
@@ -272,9 +280,7 @@ def _worker_is_online(api: str) -> bool:
 
 def _deploy(root: Path, api: str) -> None:
     """Create the work pool if it is missing, deploy prefect.yaml, and let a plain `prefect` find the server."""
-    profile = root / ".scratch" / "prefect" / "profiles.toml"
-    profile.parent.mkdir(parents=True, exist_ok=True)
-    profile.write_text(f'active = "vdmini"\n\n[profiles.vdmini]\nPREFECT_API_URL = "{api}"\n')
+    _profile(root).write_text(f'active = "vdmini"\n\n[profiles.vdmini]\nPREFECT_API_URL = "{api}"\n')
     if not _post(f"{api}/work_pools/filter", {"work_pools": {"name": {"any_": [POOL]}}}):
         _post(f"{api}/work_pools/", {"name": POOL, "type": "process", "base_job_template": _template()})
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]

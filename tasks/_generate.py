@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from tasks._stage import quieten
 from vdmini_core.artifacts import folder_digest
 from vdmini_core.evaluation.compare import write_clip_to
 from vdmini_core.models import load_pipeline
@@ -35,6 +36,7 @@ def model_folder(model: str) -> Path:
 
 def generate(model: str, image: Path, out: Path, *, frames: int | None, steps: int, seed: int) -> None:
     """Write one mp4 that continues `image`; size and default length are the model's own."""
+    quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     told = EncodeSettings()
     pipeline = load_pipeline(model_folder(model), device=device)

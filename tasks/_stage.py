@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import diffusers
 import torch
+import transformers
 from tqdm import tqdm
 
 from vdmini_core.artifacts import Provenance, json_digest
@@ -104,8 +106,7 @@ def run_stage(name: str) -> None:
         raise ValueError(f"there is no stage {name!r}; the stages are {', '.join(STAGES)}")
     params = load_params(Path("params.yaml"))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "alembic", "mlflow", "diffusers", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quieten()
     from tasks._tracking import open_tracker
 
     module = importlib.import_module(f"tasks.{name}")
@@ -122,6 +123,15 @@ def run_stage(name: str) -> None:
 
         signal.signal(signal.SIGTERM, stop)
         module.run(context)
+
+
+def quieten() -> None:
+    """Leave the screen to the stage's own progress."""
+    for noisy in ("httpx", "alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _git(*arguments: str) -> str:

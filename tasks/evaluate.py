@@ -7,7 +7,6 @@ from tasks._stage import Context
 from vdmini_core.artifacts import Plan, SensitivityReport, folder_digest, read_json, write_json
 from vdmini_core.evaluation.compare import evaluate_rows, flat_metrics, summary
 from vdmini_core.evaluation.report import write_report
-from vdmini_core.models import load_denoiser
 
 
 def run(context: Context) -> None:
@@ -16,7 +15,7 @@ def run(context: Context) -> None:
     students = {"pruned": context.input("prune") / "unet", "recovered": context.input("distill") / "unet"}
     report = evaluate_rows(
         pipeline,
-        {"teacher": pipeline.denoiser, **{name: load_denoiser(p, context.device) for name, p in students.items()}},
+        students,
         test_clips(context),
         evaluator(context),
         settings,

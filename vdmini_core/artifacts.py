@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vdmini_core.settings import describe
+
 
 class Record(BaseModel):
     """Base of every file between stages: frozen, and unknown keys are an error."""
@@ -35,20 +37,6 @@ def write_json(path: Path, record: BaseModel | dict[str, Any]) -> None:
     draft = path.with_name(f".{path.name}.partial")
     draft.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     os.replace(draft, path)
-
-
-def describe(error: ValidationError) -> str:
-    """Turn pydantic's report into one line: key, what was expected, what was found."""
-    parts = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {key!r}")
-        elif problem["type"] == "missing":
-            parts.append(f"missing key {key!r}")
-        else:
-            parts.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
-    return "; ".join(parts)
 
 
 def file_digest(path: Path) -> str:

@@ -6,8 +6,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vdmini_core.artifacts import describe
-
 
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys are errors."""
@@ -165,3 +163,17 @@ def load_params(path: Path) -> Params:
         if any(isinstance(p["input"], str) and "e" in p["input"] for p in error.errors() if "float" in p["type"]):
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
         raise ValueError(f"{path}: {describe(error)}{hint}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """Turn pydantic's report into one line: key, what was expected, what was found."""
+    parts = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown key {key!r}")
+        elif problem["type"] == "missing":
+            parts.append(f"missing key {key!r}")
+        else:
+            parts.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
+    return "; ".join(parts)

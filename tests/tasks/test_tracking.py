@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tasks import _tracking
 from tasks._registry import model_tags, register_model, resolve_model
 from tasks._tracking import finish_parent, flatten, open_tracker, start_parent
 
@@ -53,7 +54,8 @@ def test_a_run_holds_settings_metrics_tags_and_files(store: MlflowClient, databa
     run = store.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"loop.max_steps": "7", "betas": "[0.9, 0.99]"}
-    assert run.data.tags["digest"] == "abc" and run.data.tags["vdmini.stage"] == "distill"
+    assert run.data.tags["digest"] == "abc"
+    assert run.data.tags["vdmini.stage"] == "distill"
     assert len(store.get_metric_history(tracker.run_id, "loss/task")) == 1500
     assert (database / "mlartifacts" / tracker.run_id / "artifacts/plots/plot.txt").read_text() == "a plot"
 
@@ -62,7 +64,9 @@ def test_metrics_are_on_disk_before_the_next_line_of_the_stage_runs(store: Mlflo
     with open_tracker("teacher", {}, tmp_path) as tracker:
         tracker.log({"quality/content": 0.5, "loss": float("nan")}, 3)
         (row,) = rows(tmp_path)
-    assert row["step"] == 3 and row["quality/content"] == 0.5 and row["loss"] is None
+    assert row["step"] == 3
+    assert row["quality/content"] == 0.5
+    assert row["loss"] is None
 
 
 def test_a_second_attempt_appends_to_the_metrics_of_the_first(store: MlflowClient, tmp_path: Path) -> None:
@@ -74,12 +78,18 @@ def test_a_second_attempt_appends_to_the_metrics_of_the_first(store: MlflowClien
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ValueError("x"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED"), (SystemExit(1), "FAILED")],
+    [
+        (ValueError("x"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(143), "KILLED"),
+        (SystemExit(1), "FAILED"),
+    ],
 )
 def test_a_run_ends_as_its_stage_did(store: MlflowClient, tmp_path: Path, error: BaseException, status: str) -> None:
     with pytest.raises(type(error)), open_tracker("prune", {}, tmp_path) as tracker:
         raise error
-    assert tracker.run_id is not None and store.get_run(tracker.run_id).info.status == status
+    assert tracker.run_id is not None
+    assert store.get_run(tracker.run_id).info.status == status
 
 
 def test_sigterm_closes_the_run_as_killed(store: MlflowClient, database: Path, tmp_path: Path) -> None:
@@ -109,12 +119,14 @@ def test_a_stage_is_the_child_of_its_recipe(
     with open_tracker("plan", {}, tmp_path) as tracker:
         pass
     assert "MLFLOW_RUN_ID" not in os.environ
-    assert tracker.run_id is not None and tracker.run_id != parent
+    assert tracker.run_id is not None
+    assert tracker.run_id != parent
     assert store.get_run(tracker.run_id).data.tags["mlflow.parentRunId"] == parent
     finish_parent(parent, "FAILED", {"stage.plan": "ran"}, {"size/parameters": 3.0})
     run = store.get_run(parent)
     assert run.info.status == "FAILED"
-    assert run.data.metrics == {"size/parameters": 3.0} and run.data.tags["stage.plan"] == "ran"
+    assert run.data.metrics == {"size/parameters": 3.0}
+    assert run.data.tags["stage.plan"] == "ran"
 
 
 def test_a_child_that_died_silently_is_killed_with_its_parent(store: MlflowClient) -> None:
@@ -138,7 +150,29 @@ def test_a_dead_server_costs_seconds_and_no_metric(
     assert tracker.run_id is None
     assert [row["loss"] for row in rows(tmp_path)] == [float(step) for step in range(200)]
     (warning,) = [record for record in caplog.records if record.name == "vdmini.tracking"]
-    assert "http://127.0.0.1:9" in warning.getMessage() and "metrics.jsonl" in warning.getMessage()
+    assert "http://127.0.0.1:9" in warning.getMessage()
+    assert "metrics.jsonl" in warning.getMessage()
+
+
+def test_what_a_server_missed_is_uploaded_when_it_is_back(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([ConnectionError("down"), None])
+
+    def connect(uri: str) -> MlflowClient:
+        if error := next(answers):
+            raise error
+        return store
+
+    monkeypatch.setattr(_tracking, "connect", connect)
+    with open_tracker("distill", {"a": 1}, tmp_path) as tracker:
+        assert tracker.run_id is None
+        tracker.log({"loss": 2.0}, 0)
+    assert tracker.run_id is not None
+    run = store.get_run(tracker.run_id)
+    assert run.data.metrics == {"loss": 2.0}
+    assert run.data.params == {"a": "1"}
+    assert run.info.status == "FINISHED"
 
 
 def test_a_flow_runs_without_a_parent_when_the_server_is_dead(dead_server: None) -> None:
@@ -170,7 +204,8 @@ def test_a_registered_folder_is_found_by_alias_and_by_version(
     assert resolve_model("models:/round-trip@champion") == students[1]
     assert resolve_model("models:/round-trip/1") == students[0]
     tags = model_tags("models:/round-trip@champion")
-    assert tags["vdmini.digest"] == "d2" and tags["metric.quality/content"] == "0.5"
+    assert tags["vdmini.digest"] == "d2"
+    assert tags["metric.quality/content"] == "0.5"
     assert tags["vdmini.folder"] == "students/second"
     students[1].rmdir()
     with pytest.raises(FileNotFoundError, match="dvc checkout"):
@@ -179,7 +214,7 @@ def test_a_registered_folder_is_found_by_alias_and_by_version(
 
 def test_what_is_not_registered_is_answered_with_what_is(store: MlflowClient, tmp_path: Path) -> None:
     register_model("known", "champion", tmp_path, {}, {})
-    with pytest.raises(LookupError, match="no model 'nobody'.*known"):
+    with pytest.raises(LookupError, match=r"no model 'nobody'.*known"):
         resolve_model("models:/nobody@champion")
     with pytest.raises(LookupError, match="aliases champion; versions 1"):
         resolve_model("models:/known/9")

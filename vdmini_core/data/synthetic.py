@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating]
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -152,9 +152,7 @@ def _draw_beacon(scene: Array, motion: str, xx: Array, yy: Array) -> None:
     _blend(scene, distance - 4.0, np.asarray((1.0, 1.0, 1.0), np.float32))
 
 
-def _draw_shape(
-    frame: Array, shape: str, colour: Array, x: Array, y: Array, angle: float, radius: float
-) -> None:
+def _draw_shape(frame: Array, shape: str, colour: Array, x: Array, y: Array, angle: float, radius: float) -> None:
     """Draw the shape with a dark hand from its centre to its edge, which makes rotation visible."""
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     u, v = cos * x + sin * y, -sin * x + cos * y

@@ -43,9 +43,7 @@ def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: 
     except (av.FFmpegError, OSError) as error:
         raise UnreadableVideo(f"{name} cannot be decoded: {error}") from error
     if len(picked) < frames:
-        raise UnreadableVideo(
-            f"{name} is too short: {len(picked)} of {frames} frames at {fps or own_fps:g} fps"
-        )
+        raise UnreadableVideo(f"{name} is too short: {len(picked)} of {frames} frames at {fps or own_fps:g} fps")
     return np.stack(picked)
 
 

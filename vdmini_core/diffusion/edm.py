@@ -5,6 +5,7 @@ a network F that sees `c_in * x_sigma` and `c_noise`. Karras et al. 2022 (arXiv 
 with the v-prediction c_skip and c_out of SVD (arXiv 2311.15127, appendix D), where sigma_data = 1.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -62,7 +63,7 @@ def sample_euler(network: Network, noise: Tensor, sigmas: Tensor, initial_scale:
     scheduler's own levels and `init_noise_sigma` this is diffusers' `EulerDiscreteScheduler`.
     """
     x = noise * initial_scale
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in itertools.pairwise(sigmas):
         level = sigma.expand(len(x)).to(x.device)
         output = network(x * c_in(like(level, x)), c_noise(level))
         x0 = denoised(output, x, level)

@@ -18,7 +18,7 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, kernel: tuple[int, int, int]) -> None:
         super().__init__()
-        padding = tuple(k // 2 for k in kernel)
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         groups = math.gcd(channels, 8)
         self.norm = nn.GroupNorm(groups, channels)
         self.first = nn.Conv3d(channels, channels, kernel, padding=padding)

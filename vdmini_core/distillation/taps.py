@@ -1,7 +1,7 @@
 """Reads intermediate features out of a network without changing it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,11 +47,8 @@ def encoder_features(
     stages = {str(index): stage for index, stage in enumerate(denoiser.encoder_stages())}
     handle = denoiser.stop_after_encoder().register_forward_pre_hook(stop)
     try:
-        with tapped(stages) as found:
-            try:
-                denoiser(scaled, c_noise, condition)
-            except _EncoderDone:
-                pass
+        with tapped(stages) as found, suppress(_EncoderDone):
+            denoiser(scaled, c_noise, condition)
     finally:
         handle.remove()
     frames = scaled.shape[2]

@@ -1,7 +1,7 @@
 """Teacher, prune-only and recovered student side by side: quality, size and speed on the same seeds."""
 
-import resource
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Provenance, Q
 from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.data.synthetic import COLOURS, MOTIONS, SHAPES
 from vdmini_core.data.video import Frames, write_video
+from vdmini_core.evaluation.costs import count_costs, measure_latencies
 from vdmini_core.evaluation.evaluator import Evaluator
+from vdmini_core.evaluation.memory import peak_memory_bytes
 from vdmini_core.evaluation.quality import compare, decoded_batches, generated_batches, judge
-from vdmini_core.models import SVD, SpatioTemporalUNet
-from vdmini_core.pruning.costs import count_costs, measure_latencies
+from vdmini_core.models import SVD, load_denoiser
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import EvaluateSettings
 
@@ -27,7 +28,7 @@ ROWS = ("teacher", "pruned", "recovered")
 
 def evaluate_rows(
     pipeline: SVD,
-    denoisers: dict[str, SpatioTemporalUNet],
+    students: dict[str, Path],
     data: LatentCache,
     evaluator: Evaluator,
     settings: EvaluateSettings,
@@ -36,34 +37,34 @@ def evaluate_rows(
     provenance: Provenance,
     track: Track = silent_track,
 ) -> EvaluationReport:
-    """Evaluate the denoisers named teacher, pruned and recovered; writes gallery clips to the folder.
+    """Evaluate the teacher and the students `pruned` and `recovered` (folders); writes gallery clips.
 
     The reference is the first `settings.clips` test clips, the floor the next as many of them against
     the first, both as the VAE decodes them.
     """
     device = pipeline.vae.device
+    folders = {"teacher": pipeline.folder / "unet", **students}
+    denoisers = {"teacher": pipeline.denoiser, **{name: load_denoiser(path, device) for name, path in students.items()}}
     rows_of_one = data.rows([0])
     latents, condition = rows_of_one["latents"].to(device), condition_of(rows_of_one, device)
     clips_folder.mkdir(parents=True, exist_ok=True)
 
     reference = judge(decoded_batches(pipeline, data, settings.clips, settings.batch_size), evaluator)
-    other = judge(
-        decoded_batches(pipeline, data, settings.clips, settings.batch_size, first=settings.clips), evaluator
-    )
+    other = judge(decoded_batches(pipeline, data, settings.clips, settings.batch_size, first=settings.clips), evaluator)
     qualities: dict[str, Quality] = {}
     for name in ROWS:
-        keep = _first_clips(settings.gallery, lambda index, clip, name=name: write_clip(clips_folder, name, index, clip))
+        keep = _first_clips(settings.gallery, partial(write_clip, clips_folder, name))
         batches = generated_batches(pipeline, denoisers[name], data, settings, track, f"generate {name}", keep)
         qualities[name] = compare(judge(batches, evaluator), reference)
     gallery = _gallery(pipeline, data, settings.gallery, clips_folder)
 
     level = torch.zeros(1, device=device)
     calls: dict[str, Callable[[], object]] = {
-        name: lambda name=name: denoisers[name](latents, level, condition) for name in ROWS  # type: ignore[misc]
+        name: partial(denoiser, latents, level, condition) for name, denoiser in denoisers.items()
     }
     with torch.no_grad():
         latencies = measure_latencies(calls, device, runs=settings.latency_runs, warmup=settings.latency_warmup)
-        memory = {name: peak_memory(call, device) for name, call in calls.items()}
+    memory = {name: peak_memory_bytes(folders[name], latents, condition) for name in ROWS}
     costs = {name: count_costs(denoisers[name], latents, condition) for name in ROWS}
     rows = tuple(
         EvaluationRow(
@@ -104,16 +105,6 @@ def recovery(qualities: dict[str, Quality]) -> dict[str, float | None]:
         else:
             found[measure] = (recovered - pruned) / (teacher - pruned)
     return found
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Peak accelerator bytes of one call; on the CPU the process's peak resident set so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device)
-    call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def to_frames(clip: Tensor) -> Frames:

@@ -45,16 +45,16 @@ class Evaluator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.content = nn.Sequential(
-            _convolution(3, 24, 5, 2),
-            _convolution(24, 48, 3, 2),
-            _convolution(48, FEATURES, 3, 2),
-            _convolution(FEATURES, FEATURES, 3, 1),
+            _convolution(3, 16, 5, 2),
+            _convolution(16, 32, 3, 2),
+            _convolution(32, 48, 3, 2),
+            _convolution(48, FEATURES, 3, 1),
         )
         self.motion = nn.Sequential(
             _clip_convolution(3, 16, 5, 2),
-            _clip_convolution(16, 32, 3, 2),
-            _clip_convolution(32, 48, 3, 2),
-            _clip_convolution(48, FEATURES, 3, 1),
+            _clip_convolution(16, 24, 3, 2),
+            _clip_convolution(24, 32, 3, 2),
+            _clip_convolution(32, FEATURES, 3, 1),
         )
         self.shape_head = nn.Linear(FEATURES, len(SHAPES))
         self.colour_head = nn.Linear(FEATURES, len(COLOURS))
@@ -66,16 +66,12 @@ class Evaluator(nn.Module):
         content = self.content(singles).amax((-2, -1)).unflatten(0, (batch, frames)).mean(1)
         # The clip's mean frame carries the content; what is left is what moved.
         motion = self.motion(clips - clips.mean(2, keepdim=True)).amax((-2, -1)).mean(-1)
-        return Judgement(
-            content, motion, self.shape_head(content), self.colour_head(content), self.motion_head(motion)
-        )
+        return Judgement(content, motion, self.shape_head(content), self.colour_head(content), self.motion_head(motion))
 
 
 def accuracies(judgement: Judgement, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Per clip: content right (shape and colour both), motion right; bool [B] each, labels [B, 3]."""
-    content = (judgement.shape_logits.argmax(1) == labels[:, 0]) & (
-        judgement.colour_logits.argmax(1) == labels[:, 1]
-    )
+    content = (judgement.shape_logits.argmax(1) == labels[:, 0]) & (judgement.colour_logits.argmax(1) == labels[:, 1])
     return content, judgement.motion_logits.argmax(1) == labels[:, 2]
 
 

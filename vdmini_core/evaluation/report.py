@@ -76,7 +76,7 @@ def verdict(evaluation: EvaluationReport) -> str:
 
 def _share_phrase(name: str, share: float | None) -> str:
     if share is None:
-        return f"an unmeasured share ({NOT_AVAILABLE}) in {name}"
+        return f"{NOT_AVAILABLE} in {name} (no measured gap)"
     if share < 0:
         return f"none in {name} (the gap widened by {-share:.0%})"
     return f"{share:.0%} in {name}"
@@ -109,7 +109,7 @@ def _warning(sensitivity: SensitivityReport) -> str:
         return ""
     return (
         '<div class="warning" role="note"><p><strong>teacher inadequate for conclusions about blocks</strong>: '
-        f"failed {escape(', '.join(failed))}.</p></div>"
+        f"failed: {escape('; '.join(failed))}.</p></div>"
     )
 
 
@@ -146,17 +146,18 @@ def _row(name: str, remark: str, style: str, cells: Sequence[str]) -> str:
 
 
 def _costs(row: EvaluationRow, teacher: EvaluationRow) -> list[str]:
-    """Cells (HTML) of what the network costs, each with its ratio to the teacher."""
+    """Cells (HTML) of what the network costs, with ratios to the teacher.
+
+    Memory has none: on the CPU it is the process's peak so far, which grows from row to row.
+    """
     median, p10, p90 = row.latency.median_ms, row.latency.p10_ms, row.latency.p90_ms
     cells = (
         (_scaled(row.parameters), row.parameters, teacher.parameters),
         (_scaled(row.flops), row.flops, teacher.flops),
         (f"{median:.4g} ms <small>[{p10:.4g}–{p90:.4g}]</small>", median, teacher.latency.median_ms),
-        (f"{row.peak_memory_bytes / 2**20:.4g} MiB", row.peak_memory_bytes, teacher.peak_memory_bytes),
     )
-    if row is teacher:
-        return [text for text, _, _ in cells]
-    return [f"{text}<small>{value / of:.2f}× teacher</small>" if of else text for text, value, of in cells]
+    texts = [t if row is teacher else f"{t}<small>{value / of:.2f}× teacher</small>" for t, value, of in cells]
+    return [*texts, f"{row.peak_memory_bytes / 2**20:.4g} MiB"]
 
 
 def _quality(quality: Quality) -> list[str]:
@@ -232,7 +233,7 @@ def _sensitivity(report: SensitivityReport, plan: Plan) -> str:
     description = f"Bars per block and per pair: {measure} in content and motion when bypassed, parameters, latency."
     figure = inline_svg(sensitivity_figure(report, plan.removed), "sensitivity", description)
     base = report.baseline
-    gates = ", ".join(f"{name} {'passed' if ok else 'failed'}" for name, ok in report.teacher_gates.items())
+    gates = "; ".join(f"{name}: {'passed' if ok else 'failed'}" for name, ok in report.teacher_gates.items())
     return (
         f"<p>Each unit of the intact teacher is bypassed alone, without training: {escape(measure)}, higher is worse. "
         f"The teacher itself on these {base.clips} clips: content {_percent(base.content_accuracy)}, "
@@ -266,7 +267,7 @@ def _training(records: Sequence[Mapping[str, float]]) -> str:
         return ""
     return (
         '<section aria-labelledby="training"><h2 id="training">Recovery training</h2>'
-        '<p class="quiet">Losses as logged, under a running mean from 20 points on. The adversarial ones need not fall.</p>'
+        '<p class="quiet">Losses as logged; the thick line is a running mean. Adversarial losses need not fall.</p>'
         f'<div class="curves">{curves}</div></section>'
     )
 

@@ -24,7 +24,14 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def generate_clip(
-    pipeline: SVD, image: Tensor, *, frames: int, steps: int, seed: int, fps: int, motion_bucket_id: int,
+    pipeline: SVD,
+    image: Tensor,
+    *,
+    frames: int,
+    steps: int,
+    seed: int,
+    fps: int,
+    motion_bucket_id: int,
     noise_augmentation: float,
 ) -> Tensor:
     """A clip [3, T, H, W] in [-1, 1] that begins with `image` [1, 3, H, W]."""

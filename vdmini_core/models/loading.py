@@ -28,7 +28,9 @@ def load_component(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, *
         )
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise UnusableModel(f"{folder} cannot be loaded as {cls.__name__}: {error}") from error
-    wrong = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    wrong = {
+        key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if any(wrong.values()):
         shown = "; ".join(f"{len(v)} {k.replace('_', ' ')} ({', '.join(v[:3])})" for k, v in wrong.items() if v)
         raise UnusableModel(f"{folder} does not fit {cls.__name__}: {shown}; config.json and weights disagree")

@@ -4,6 +4,7 @@ The core's layout is [B, C, T, H, W]; diffusers' SVD takes [B, T, C, H, W], perm
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,7 +36,7 @@ class NoMid(nn.Module):
 class VDMiniUNet(UNetSpatioTemporalConditionModel):
     """diffusers' U-Net without a mid block, which the stock class always builds; all else is stock."""
 
-    @functools.wraps(UNetSpatioTemporalConditionModel.__init__)
+    @functools.wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mid_block = NoMid()
@@ -151,10 +152,11 @@ class SpatioTemporalUNet:
         with torch.device("meta"):
             skeleton = cls(**config)
         self._check_shapes(skeleton, inherited, removed)
-        student = cls(**config)
-        student.load_state_dict({new: self.model.state_dict()[old] for new, old in inherited.items()})
-        device = next(self.model.parameters()).device
-        return SpatioTemporalUNet(student.to(device).eval().requires_grad_(False))
+        device, weights = next(self.model.parameters()).device, self.model.state_dict()
+        with torch.device(device):
+            student = cls(**config).to(device)
+        student.load_state_dict({new: weights[old] for new, old in inherited.items()})
+        return SpatioTemporalUNet(student.eval().requires_grad_(False))
 
     def surviving(self, names: Iterable[str]) -> dict[str, str]:
         """Teacher unit -> student unit for every unit kept when `names` are removed."""
@@ -173,21 +175,59 @@ class SpatioTemporalUNet:
         layers = []
         for stage in range(stages):
             down, up = f"D.{stage}", f"U.{self.stages - 1 - stage}"
-            kept = {name: [u.name for u in self.units if u.block == name and u.name not in removed] for name in (down, up)}
+            kept = {
+                name: [u.name for u in self.units if u.block == name and u.name not in removed] for name in (down, up)
+            }
             if len(kept[up]) != len(kept[down]) + 1:
                 raise IllegalPlan(
                     f"removing {', '.join(sorted(removed))} leaves {down} {len(kept[down])} pairs and {up} "
                     f"{len(kept[up])}; an up block needs one pair more than its down block, because every "
                     f"skip connection that is made is used: remove pairs of {down} and {up} together"
                 )
+            widths = config["block_out_channels"]
+            if not kept[down] and stage > 0 and widths[stage] != widths[stage - 1]:
+                raise IllegalPlan(
+                    f"removing {', '.join(sorted(removed))} leaves {down} no pair, and nothing else changes the width "
+                    f"{widths[stage - 1]} -> {widths[stage]}; keep {down}.0"
+                )
+            self._check_skips(stage, removed)
             layers.append(len(kept[down]))
-        for key in ("block_out_channels", "num_attention_heads", "cross_attention_dim", "transformer_layers_per_block", "down_block_types"):
+        for key in (
+            "block_out_channels",
+            "num_attention_heads",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
+            "down_block_types",
+        ):
             if isinstance(config[key], (list, tuple)):
                 config[key] = tuple(config[key])[:stages]
         config["up_block_types"] = tuple(config["up_block_types"])[len(gone) :]
         config["layers_per_block"] = tuple(layers)
         without_mid = not any(unit.name == "M" and unit.name not in removed for unit in self.units)
         return config, VDMiniUNet if without_mid else UNetSpatioTemporalConditionModel
+
+    def _check_skips(self, stage: int, removed: set[str]) -> None:
+        """Raise where removal would hand a kept up pair another skip than the one it was trained on.
+
+        Up pair j of n reads the output of down pair n - 2 - j of its stage, the last one what enters the
+        stage; a removed down pair passes on what it receives. Only so is removal the same as bypass.
+        """
+        down, up = f"D.{stage}", f"U.{self.stages - 1 - stage}"
+        downs = [unit.name for unit in self.units if unit.block == down]
+        ups = [unit.name for unit in self.units if unit.block == up]
+        kept = [index for index, name in enumerate(downs) if name not in removed]
+
+        def fits(kept_ups: Iterable[str]) -> bool:
+            read = [len(downs) - 1 - ups.index(name) for name in kept_ups]
+            return [max((k for k in kept if k <= r), default=None) for r in read] == [*reversed(kept), None]
+
+        if not fits(name for name in ups if name not in removed):
+            choices = itertools.combinations(ups, len(kept) + 1)
+            fitting = [[name for name in ups if name not in choice] for choice in choices if fits(choice)]
+            raise IllegalPlan(
+                f"removing {', '.join(sorted(removed & {*downs, *ups}))} hands pairs of {up} other skip connections "
+                f"than they were trained on; of {up} remove {' or '.join('+'.join(names) for names in fitting)} instead"
+            )
 
     def _renames(self, removed: set[str]) -> dict[str, str]:
         """Old module path -> new module path for every numbered part that survives."""
@@ -234,7 +274,7 @@ class SpatioTemporalUNet:
                 raise IllegalPlan(f"removing {', '.join(sorted(removed))} leaves no weights for {name}")
             found = weights[inherited[name]]
             if found.shape != expected.shape:
-                part = _unit_name_at(name)
+                part = _unit_name_at(inherited[name])
                 raise IllegalPlan(
                     f"removing {', '.join(sorted(removed))} changes what {part} receives: {name} would be "
                     f"{list(expected.shape)}, its weights are {list(found.shape)}; remove a pair that keeps the "
@@ -271,13 +311,12 @@ class SVD:
     def load(cls, folder: Path, parts: Iterable[str] = parts, device: torch.device | str = "cpu") -> "SVD":
         """Load the named parts of a diffusers pipeline folder in float32."""
         wanted = set(parts)
-        loaders = {
-            "unet": lambda: load_unet(folder / "unet", device),
-            "vae": lambda: load_component(AutoencoderKLTemporalDecoder, folder / "vae").to(device),
-            "image_encoder": lambda: load_component(CLIPVisionModelWithProjection, folder / "image_encoder").to(device),
-        }
-        loaded = {name: load() if name in wanted else None for name, load in loaders.items()}
-        return cls(folder, loaded["unet"], loaded["vae"], loaded["image_encoder"])
+        unet = load_unet(folder / "unet", device) if "unet" in wanted else None
+        vae, image_encoder = (
+            load_component(kind, folder / name).to(device) if name in wanted else None
+            for name, kind in (("vae", AutoencoderKLTemporalDecoder), ("image_encoder", CLIPVisionModelWithProjection))
+        )
+        return cls(folder, unet, vae, image_encoder)
 
     @property
     def denoiser(self) -> SpatioTemporalUNet:
@@ -291,15 +330,16 @@ class SVD:
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of every loaded part."""
-        found = {"unet": self._denoiser and self._denoiser.model, "vae": self._vae, "image_encoder": self._image_encoder}
+        unet = None if self._denoiser is None else self._denoiser.model
+        found = {"unet": unet, "vae": self._vae, "image_encoder": self._image_encoder}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in found.items() if part is not None}
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Tensor:
         """Clips [B, 3, T, H, W] in [-1, 1] -> scaled latents [B, C, T, h, w], the posterior's mode."""
         frames = clips.transpose(1, 2)
-        latents = self.vae.encode(frames.flatten(0, 1).to(self.vae.device)).latent_dist.mode()
-        return (latents * self.vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        latents: Tensor = self.vae.encode(frames.flatten(0, 1).to(self.vae.device)).latent_dist.mode()
+        return (latents * self.vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def condition(
@@ -353,7 +393,10 @@ class SVD:
 def load_unet(folder: Path, device: torch.device | str = "cpu") -> SpatioTemporalUNet:
     """Load a stock U-Net or a student's, whichever its config names."""
     path = folder / "config.json"
-    name = json.loads(path.read_text()).get("_class_name", "") if path.is_file() else "UNetSpatioTemporalConditionModel"
+    try:
+        name = json.loads(path.read_text())["_class_name"] if path.is_file() else "UNetSpatioTemporalConditionModel"
+    except (ValueError, KeyError) as error:
+        raise UnusableModel(f"{path} is no config of a diffusers model ({error!r}); copy the whole folder") from None
     classes = {cls.__name__: cls for cls in (UNetSpatioTemporalConditionModel, VDMiniUNet)}
     if name not in classes:
         raise UnusableModel(f"{path} names the class {name!r}; expected one of {', '.join(classes)}")
@@ -380,7 +423,7 @@ def _unit_name_at(path: str) -> str:
 @contextmanager
 def _passing_on(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the context `module(...)` answers `forward(...)`."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
@@ -400,11 +443,11 @@ def _shortcut(resnet: nn.Module, hidden_width: int) -> Callable[..., Tensor]:
 
     The hidden part of its input, if its width is the block's own; else its 1 x 1 shortcut of all of it.
     """
-    spatial = resnet.spatial_res_block
+    spatial: Any = resnet.spatial_res_block
 
     def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         if hidden_width == spatial.out_channels:
             return hidden_states[:, :hidden_width]
-        return spatial.conv_shortcut(hidden_states)  # type: ignore[operator, union-attr, no-any-return]
+        return spatial.conv_shortcut(hidden_states)  # type: ignore[no-any-return]
 
     return forward

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from vdmini_core.artifacts import Plan, Provenance
+from vdmini_core.evaluation.costs import count_costs
 from vdmini_core.models import Condition, IllegalPlan, SpatioTemporalUNet
 from vdmini_core.models.graph import expand
-from vdmini_core.pruning.costs import count_costs
 from vdmini_core.settings import PlanSettings
 
 

@@ -6,14 +6,13 @@ Paper, Figs. 1 and A4-A6, with two judges instead of one FVD: content and motion
 from collections.abc import Sequence
 from typing import Any
 
-
 from vdmini_core.artifacts import Provenance, Quality, SensitivityReport, UnitScore, json_digest
 from vdmini_core.data.latents import LatentCache, condition_of
+from vdmini_core.evaluation.costs import count_costs, measure_units
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.quality import Judged, compare, decoded_batches, generated_batches, judge
 from vdmini_core.models import SVD
 from vdmini_core.models.graph import expand
-from vdmini_core.pruning.costs import count_costs, measure_units
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import SensitivitySettings
 
@@ -91,7 +90,8 @@ def teacher_gates(baseline: Quality, scores: Sequence[UnitScore]) -> dict[str, b
     for score in scores:
         if score.name in GATE_BLOCKS:
             content, motion = score.quality.content_accuracy, score.quality.motion_accuracy
-            assert content is not None and motion is not None
+            assert content is not None
+            assert motion is not None
             drop = max(baseline.content_accuracy - content, baseline.motion_accuracy - motion)
             gates[f"bypassing {score.name} costs >= {HARMFUL_DROP} accuracy"] = drop >= HARMFUL_DROP
     return gates
@@ -110,13 +110,13 @@ def sensitivity_table(report: SensitivityReport) -> str:
     ]
     rows = [("nothing", report.baseline, None)] + [(s.name, s.quality, s) for s in report.scores]
     for name, quality, score in rows:
-        cost = "| | | |" if score is None else (
-            f"| {score.parameters / 1e6:.3f} M | {score.flops / 1e9:.3f} | {score.latency_ms:.2f} |"
+        cost = (
+            "| | | |"
+            if score is None
+            else (f"| {score.parameters / 1e6:.3f} M | {score.flops / 1e9:.3f} | {score.latency_ms:.2f} |")
         )
         lines.append(
             f"| {name} | {percent(quality.content_accuracy)} | {percent(quality.motion_accuracy)} "
             f"| {quality.content_distance:.2f} | {quality.motion_distance:.2f} {cost}"
         )
     return "\n".join(lines) + "\n"
-
-

@@ -32,13 +32,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft / "state.safetensors")
-    manifest = CheckpointManifest(
-        step=step, fingerprint=fingerprint, sha256=file_digest(draft / "state.safetensors")
-    )
+    manifest = CheckpointManifest(step=step, fingerprint=fingerprint, sha256=file_digest(draft / "state.safetensors"))
     write_json(draft / "checkpoint.json", manifest)
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
-    for old in _folders(folder)[:-keep]:
+    # Later steps than this are another run's; counting them would remove what was just written.
+    for old in [path for path in _folders(folder) if path.name <= target.name][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

@@ -12,6 +12,8 @@ class History:
     def __init__(self, file: Path) -> None:
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file() and (text := file.read_text()) and not text.endswith("\n"):
+            file.write_text(text + "\n")  # else the next row would be lost with the line that a crash cut off
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         with self.file.open("a") as stream:

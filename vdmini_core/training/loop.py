@@ -101,7 +101,7 @@ def train(
                     f"the loss of {player.name} is {total.item()} at step {step}, batch {batch.get('ids')}; "
                     "lower the learning rate or exclude the batch"
                 )
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             norm = nn.utils.clip_grad_norm_(player.parameters(), settings.clip_norm)
             for group in player.optimizer.param_groups:
                 group["lr"] = player.learning_rate * learning_rate_factor(step, settings)

@@ -35,8 +35,8 @@ SETTINGS = {
     "image_encoder": LoopSettings(
         max_steps=700, batch_size=64, warmup_steps=50, log_every=50, ema_decay=0.99, weight_decay=0.01, precision="fp32"
     ),
-    "evaluator": LoopSettings(max_steps=1500, batch_size=24, warmup_steps=50, log_every=100, ema_decay=0.99),
-    "teacher": LoopSettings(max_steps=6000, batch_size=4, warmup_steps=100, checkpoint_every=500, ema_decay=0.998),
+    "evaluator": LoopSettings(max_steps=700, batch_size=24, warmup_steps=50, log_every=100, ema_decay=0.99),
+    "teacher": LoopSettings(max_steps=5000, batch_size=4, warmup_steps=100, checkpoint_every=500, ema_decay=0.998),
 }
 
 

@@ -98,9 +98,7 @@ def dropped_skips(unet: UNetSpatioTemporalConditionModel, keep: dict[int, Tensor
 
         return hook
 
-    handles = [
-        unet.up_blocks[index].register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index in keep
-    ]
+    handles = [unet.up_blocks[index].register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index in keep]
     try:
         yield
     finally:
@@ -166,9 +164,9 @@ def train_teacher(
         image = state["image"][:, :, None].expand(-1, -1, noisy.shape[2], -1, -1)
         sample = torch.cat([noisy * edm.c_in(edm.like(sigma, noisy)), image], 1).transpose(1, 2)
         with dropped_skips(unet, state["keep"]):
-            output = unet(
-                sample, edm.c_noise(sigma), state["embedding"], ids.expand(len(noisy), -1)
-            ).sample.transpose(1, 2)
+            output = unet(sample, edm.c_noise(sigma), state["embedding"], ids.expand(len(noisy), -1)).sample.transpose(
+                1, 2
+            )
         target = edm.velocity(state["x0"], noisy, sigma)
         error = (output.float() - target).square().mean((1, 2, 3, 4))
         whole = state["keep"][3] > 0

@@ -22,7 +22,7 @@ def frechet_distance(a: npt.ArrayLike, b: npt.ArrayLike, *, ddof: int = 0) -> fl
     factor_y = (y - y.mean(0)) / np.sqrt(len(y) - ddof)
     # With S = F^T F, tr((S_x S_y)^(1/2)) is the sum of the singular values of F_x F_y^T, or of R_x R_y^T
     # where F = Q R: at most D x D, whatever N is.
-    reduced_x, reduced_y = np.linalg.qr(factor_x, mode="r"), np.linalg.qr(factor_y, mode="r")
+    reduced_x, reduced_y = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (factor_x, factor_y))
     cross = np.linalg.svd(reduced_x @ reduced_y.T, compute_uv=False).sum()
     total = gap @ gap + (factor_x**2).sum() + (factor_y**2).sum() - 2 * cross
     return float(max(total, 0.0))
