@@ -5,12 +5,14 @@ resumes from its checkpoints.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from vdmini_core.artifacts import file_digest, json_digest, write_json
@@ -21,7 +23,7 @@ from vdmini_core.settings import LoopSettings
 from vdmini_core.zoo.clips import ClipSet, render_set, to_model_range
 from vdmini_core.zoo.evaluator import CORRUPTIONS, compress, corrupt, reconstruct, train_evaluator
 from vdmini_core.zoo.image_encoder import train_image_encoder
-from vdmini_core.zoo.teacher import LatentSet, encode_set, train_teacher
+from vdmini_core.zoo.teacher import LatentSet, encode_set, foreground_weights, train_teacher
 from vdmini_core.zoo.vae import train_vae
 
 TEACHER = "i2v-shapes"
@@ -37,7 +39,17 @@ SETTINGS = {
     ),
     "evaluator": LoopSettings(max_steps=700, batch_size=24, warmup_steps=50, log_every=100, ema_decay=0.99),
     "teacher": LoopSettings(max_steps=5000, batch_size=4, warmup_steps=100, checkpoint_every=500, ema_decay=0.998),
+    # A second run from the first one's average: the shape weighs more, and no skip is dropped.
+    "teacher_refined": LoopSettings(
+        seed=1, max_steps=2400, batch_size=4, warmup_steps=50, decay_fraction=0.9, checkpoint_every=250, ema_decay=0.998
+    ),
 }
+
+TEACHER_RUNS: dict[str, dict[str, float]] = {
+    "teacher": {"learning_rate": 1e-3, "drop_outer": 0.2, "drop_both": 0.3},
+    "teacher_refined": {"learning_rate": 6e-4, "drop_outer": 0.0, "drop_both": 0.0},
+}
+FOREGROUND_WEIGHT = 5.0
 
 
 def build_zoo(
@@ -67,16 +79,21 @@ def build_zoo(
     if not (teacher / "unet").is_dir():
         say("training the teacher")
         data = _teacher_data(scratch, vae, image_encoder, track)
-        settings = SETTINGS["teacher"]
-        unet = train_teacher(
-            data,
-            settings,
-            device,
-            checkpoints=scratch / "teacher",
-            fingerprint=json_digest(settings),
-            log=log,
-            track=track,
-        )
+        unet = None
+        for name, options in TEACHER_RUNS.items():
+            settings = SETTINGS[name]
+            unet = train_teacher(
+                data if name == "teacher" else replace(data, weights=_weights()),
+                settings,
+                device,
+                start=unet,
+                checkpoints=scratch / name,
+                fingerprint=json_digest(settings),
+                log=log,
+                track=track,
+                **options,
+            )
+        assert unet is not None
         unet.half().save_pretrained(teacher / "unet")
     write_fixed_parts(teacher)
 
@@ -156,6 +173,10 @@ def _teacher_data(
         save_file({name: getattr(data, name).clone() for name in ("latents", "image_latents", "embeddings")}, draft)
         draft.rename(file)
     return LatentSet(**load_file(file))
+
+
+def _weights() -> Tensor:
+    return foreground_weights(render_set(6480, TEACHER_SEED, frames=FRAMES, size=SIZE), SIZE // 4, FOREGROUND_WEIGHT)
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:

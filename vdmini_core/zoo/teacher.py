@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
     _resize_with_antialiasing,
 )
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from vdmini_core.diffusion import edm
@@ -43,11 +44,15 @@ def new_unet() -> UNetSpatioTemporalConditionModel:
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Encoded clips: latents [N, C, T, h, w] (scaled), image latents [N, C, h, w], embeddings [N, 1, D]."""
+    """Encoded clips: latents [N, C, T, h, w] (scaled), image latents [N, C, h, w], embeddings [N, 1, D].
+
+    `weights` [N, 1, T, h, w] scales the loss place by place; None weighs all alike.
+    """
 
     latents: Tensor
     image_latents: Tensor
     embeddings: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -81,6 +86,23 @@ def encode_set(
     return LatentSet(*(torch.cat(parts).contiguous() for parts in (latents, image_latents, embeddings)))
 
 
+def foreground_weights(clips: ClipSet, latent_size: int, weight: float) -> Tensor:
+    """Loss weights [N, 1, T, h, w] of mean 1: `weight` times as much where the shape is, and next to it.
+
+    The shape is what is saturated; background and beacon are grey and white. It covers a tenth of the
+    frame, so without weights its outline is a small part of the loss and stays blurred longest.
+    """
+    weights = []
+    for chunk in clips.pixels.split(64):
+        pixels = chunk.float() / 255
+        saturated = (pixels.amax(-1) - pixels.amin(-1) > 0.3).float()
+        grid = F.adaptive_max_pool2d(saturated, latent_size)
+        near = F.max_pool2d(grid, 3, stride=1, padding=1)
+        raw = 1 + (weight - 1) * near
+        weights.append((raw / raw.mean((1, 2, 3), keepdim=True))[:, None])
+    return torch.cat(weights)
+
+
 @contextmanager
 def dropped_skips(unet: UNetSpatioTemporalConditionModel, keep: dict[int, Tensor]) -> Iterator[None]:
     """Within the context, multiply the skips that up block i receives by keep[i], one number a sample.
@@ -111,6 +133,7 @@ def train_teacher(
     settings: LoopSettings,
     device: torch.device,
     *,
+    start: UNetSpatioTemporalConditionModel | None = None,
     learning_rate: float = 1e-3,
     drop_outer: float = 0.2,
     drop_both: float = 0.3,
@@ -122,12 +145,13 @@ def train_teacher(
 ) -> UNetSpatioTemporalConditionModel:
     """EDM v-prediction (weighted so that the loss is plain MSE on v); returns the averaged weights.
 
-    Samples with sigma > 0.7 lose the skips into U.3 with probability `drop_outer`, those into U.3
-    and U.2 with probability `drop_both`: there the skips hold mostly noise, and the deep blocks have
-    to carry scene and motion. Dropping ends with the last fifth of the steps.
+    Continues from `start` where given. Samples with sigma > 0.7 lose the skips into U.3 with
+    probability `drop_outer`, those into U.3 and U.2 with probability `drop_both`: there the skips hold
+    mostly noise, and the deep blocks have to carry scene and motion. Dropping ends with the last fifth
+    of the steps.
     """
     torch.manual_seed(settings.seed)
-    unet = new_unet().to(device).train()
+    unet = (start or new_unet()).to(device).requires_grad_(True).train()
     ids = torch.tensor([ADDED_TIME_IDS], device=device)
 
     def batch_of(step: int) -> State:
@@ -153,6 +177,7 @@ def train_teacher(
             "sigma": sigma.to(device),
             "image": data.image_latents[chosen].to(device),
             "embedding": data.embeddings[chosen].to(device),
+            "weights": torch.ones(()) if data.weights is None else data.weights[chosen].to(device),
             "keep": {
                 3: (dice >= drop_outer + drop_both).float().to(device),
                 2: (dice >= drop_both).float().to(device),
@@ -168,7 +193,7 @@ def train_teacher(
                 1, 2
             )
         target = edm.velocity(state["x0"], noisy, sigma)
-        error = (output.float() - target).square().mean((1, 2, 3, 4))
+        error = ((output.float() - target).square() * state["weights"]).mean((1, 2, 3, 4))
         whole = state["keep"][3] > 0
         intact = error[whole].mean() if bool(whole.any()) else error.mean()
         return {"total": error.mean(), "v_loss_intact": intact.detach()}

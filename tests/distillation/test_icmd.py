@@ -1,0 +1,183 @@
+"""One ICMD step: who receives gradients, what the heads read, and when they count."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tiny import new_unet, output_of, write_latents
+from vdmini_core.data.latents import LatentCache
+from vdmini_core.diffusion import edm
+from vdmini_core.distillation.heads import Discriminator
+from vdmini_core.distillation.icmd import ICMD, distill
+from vdmini_core.distillation.taps import encoder_features, tapped
+from vdmini_core.models import Condition, SpatioTemporalUNet
+from vdmini_core.settings import DiscriminatorSettings, DistillSettings, LoopSettings
+from vdmini_core.training.loop import State
+
+REMOVED = ("D.0.1", "U.3.1")
+LOOP = LoopSettings(max_steps=2, batch_size=2, warmup_steps=0, precision="fp32", log_every=1, checkpoint_every=1)
+HEADS = DiscriminatorSettings(warmup_steps=10, ramp_steps=20)
+SETTINGS = DistillSettings(loop=LOOP, mca_weight=2.0, discriminator=HEADS)
+
+
+class Players:
+    """A teacher, a student without two pairs, and the heads, with one step's batch."""
+
+    def __init__(self, data: LatentCache, settings: DistillSettings = SETTINGS) -> None:
+        self.teacher = new_unet()
+        self.student = self.teacher.without(REMOVED)
+        self.student.model.requires_grad_(True)
+        torch.manual_seed(1)
+        self.heads = Discriminator(self.teacher.encoder_widths())
+        self.batch = data.shuffled(0, 2, 0)
+        matches = self.teacher.surviving(REMOVED)
+        self.step = ICMD(self.teacher, self.student, self.heads, matches, settings, torch.device("cpu"))
+
+    def prepare(self, step: int, seed: int = 0) -> State:
+        return self.step.prepare(self.batch, torch.Generator().manual_seed(seed), step)
+
+    def touched(self) -> dict[str, bool]:
+        """Whether any parameter of each player received a gradient."""
+        modules = {"teacher": self.teacher.model, "student": self.student.model, "heads": self.heads}
+        return {name: any(p.grad is not None for p in module.parameters()) for name, module in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    return write_latents(tmp_path_factory.mktemp("latents"), 4, size=8)
+
+
+def test_the_students_turn_touches_the_student_alone(data: LatentCache) -> None:
+    players = Players(data)
+    players.heads.requires_grad_(False)
+    state = players.prepare(step=30)
+    players.step.student_loss(state)["total"].backward()
+    assert players.touched() == {"teacher": False, "student": True, "heads": False}
+    assert all(p.grad is not None for p in players.student.model.parameters())
+
+
+def test_the_discriminators_turn_touches_the_heads_alone(data: LatentCache) -> None:
+    players = Players(data)
+    state = players.prepare(step=30)
+    players.heads.requires_grad_(False)
+    players.step.student_loss(state)
+    players.heads.requires_grad_(True)
+    players.step.discriminator_loss(state)["total"].backward()
+    assert players.touched() == {"teacher": False, "student": False, "heads": True}
+    assert all(p.grad is not None for p in players.heads.parameters())
+
+
+def test_the_adversarial_loss_reaches_the_student_only_after_the_warm_up(data: LatentCache) -> None:
+    gradients = {}
+    for step in (5, 30):
+        players = Players(data)
+        losses = players.step.student_loss(players.prepare(step))
+        assert losses["mca"].requires_grad is (step == 30)
+        losses["total"].backward()
+        gradients[step] = players.student.model.conv_in.weight.grad
+    assert not torch.allclose(gradients[5], gradients[30])
+
+
+@pytest.mark.parametrize(
+    ("step", "weight"), [(0, 0.0), (9, 0.0), (10, 0.0), (15, 0.5), (20, 1.0), (30, 2.0), (1000, 2.0)]
+)
+def test_the_adversarial_weight_is_zero_then_a_ramp_then_constant(data: LatentCache, step: int, weight: float) -> None:
+    players = Players(data)
+    assert players.step.mca_weight(step) == pytest.approx(weight)
+    assert players.prepare(step)["mca_weight"] == pytest.approx(weight)
+
+
+def test_the_total_is_the_weighted_sum(data: LatentCache) -> None:
+    players = Players(data)
+    losses = players.step.student_loss(players.prepare(step=20))
+    expected = losses["task"] + SETTINGS.icd_weight * losses["icd"] + 1.0 * losses["mca"]
+    torch.testing.assert_close(losses["total"], expected)
+    assert losses["icd"] > 0
+
+
+def test_a_student_that_is_the_teacher_has_no_content_loss_and_its_task_loss(data: LatentCache) -> None:
+    teacher = new_unet()
+    heads = Discriminator(teacher.encoder_widths())
+    matches = {unit.name: unit.name for unit in teacher.units}
+    step = ICMD(teacher, teacher.without(()), heads, matches, SETTINGS, torch.device("cpu"))
+    state = step.prepare(data.shuffled(0, 2, 0), torch.Generator().manual_seed(0), 30)
+    losses = step.student_loss(state)
+    assert losses["icd"].item() == 0
+    assert all(torch.equal(fake, real) for fake, real in zip(state["fake"], state["real"], strict=True))
+    assert step.discriminator_loss(state)["real_minus_fake"].item() == 0
+
+
+def test_the_target_is_the_velocity_of_the_clip(data: LatentCache) -> None:
+    players = Players(data)
+    state = players.prepare(step=0)
+    again = edm.denoised(state["target"], state["noisy"], state["sigma"])
+    torch.testing.assert_close(again, players.batch["latents"], rtol=0, atol=1e-3)
+
+
+def test_the_step_is_a_function_of_the_generator(data: LatentCache) -> None:
+    players = Players(data)
+    first, same, other = players.prepare(0, seed=0), players.prepare(0, seed=0), players.prepare(0, seed=1)
+    assert torch.equal(first["noisy"], same["noisy"])
+    assert torch.equal(first["real"][0], same["real"][0])
+    assert not torch.equal(first["noisy"], other["noisy"])
+
+
+def test_without_the_adversarial_loss_there_are_no_heads_to_feed(data: LatentCache) -> None:
+    players = Players(data, SETTINGS.model_copy(update={"mca_weight": 0.0}))
+    state = players.prepare(step=30)
+    assert sorted(players.step.student_loss(state)) == ["icd", "task", "total"]
+    assert "real" not in state
+    assert "fake" not in state
+
+
+def test_encoder_features_are_the_stage_outputs_of_a_full_pass(
+    tiny_unet: SpatioTemporalUNet, inputs: tuple[Tensor, Condition]
+) -> None:
+    latents, condition = inputs
+    stages: dict[str, nn.Module] = {str(i): stage for i, stage in enumerate(tiny_unet.encoder_stages())}
+    with tapped(stages) as found:
+        whole = output_of(tiny_unet, inputs)
+    with tapped({"after": tiny_unet.model.conv_out}) as later, torch.no_grad():
+        features = encoder_features(tiny_unet, latents, torch.tensor([0.3]), condition)
+    assert later == {}
+    assert [f.shape for f in features] == [(1, 32, 4, size, size) for size in (8, 4, 2, 2)]
+    for index, feature in enumerate(features):
+        assert torch.equal(feature[0].transpose(0, 1), found[str(index)])
+    assert torch.equal(output_of(tiny_unet, inputs), whole)
+
+
+def test_every_stage_has_two_heads_that_keep_the_place_of_its_features() -> None:
+    heads = Discriminator([8, 12])
+    features = [torch.randn(2, 8, 4, 6, 6), torch.randn(2, 12, 4, 3, 3)]
+    logits = heads(features, torch.tensor([0.1, -0.3]))
+    assert [tuple(value.shape) for value in logits] == [(2, 1, 4, 6, 6)] * 2 + [(2, 1, 4, 3, 3)] * 2
+    other = heads(features, torch.tensor([0.1, 0.9]))
+    assert torch.equal(logits[0][0], other[0][0])
+    assert not torch.equal(logits[0][1], other[0][1])
+
+
+def test_distilling_ends_with_the_averaged_student_and_an_untouched_teacher(data: LatentCache, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"discriminator": DiscriminatorSettings(warmup_steps=0, ramp_steps=1)})
+    teacher = new_unet()
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    student = teacher.without(REMOVED)
+    start = student.model.conv_in.weight.clone()
+    seen: dict[int, dict[str, float]] = {}
+    distill(
+        teacher,
+        student,
+        teacher.surviving(REMOVED),
+        data,
+        settings,
+        torch.device("cpu"),
+        checkpoints=tmp_path,
+        log=lambda metrics, step: seen.update({step: metrics}),
+    )
+    assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
+    assert not torch.equal(student.model.conv_in.weight, start)
+    assert not student.model.training
+    assert not any(p.requires_grad for p in student.model.parameters())
+    assert sorted(seen) == [0, 1]
+    assert {"train/student/total", "train/student/mca", "train/discriminator/total"} <= set(seen[0])

@@ -1,0 +1,90 @@
+"""What networks cost: FLOPs against counts by hand, and how latency is taken."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.tiny import FRAMES, LATENT_SIZE, new_inputs
+from vdmini_core.evaluation.costs import count_costs, measure_latencies, measure_latency, measure_units
+from vdmini_core.models import Condition, SpatioTemporalUNet
+
+Inputs = tuple[Tensor, Condition]
+CPU = torch.device("cpu")
+
+
+def attention_flops(tokens: int, keys: int, sequences: int, width: int) -> int:
+    """Scores and weighted sum: 2 * tokens * keys * width each."""
+    return sequences * 2 * (2 * tokens * keys * width)
+
+
+def linear_flops(tokens: int, inputs: int, outputs: int) -> int:
+    return 2 * tokens * inputs * outputs
+
+
+def test_a_transformers_flops_are_those_counted_by_hand(tiny_unet: SpatioTemporalUNet, inputs: Inputs) -> None:
+    counted = count_costs(tiny_unet, *inputs)
+    width, context, hidden, places = 32, 16, 128, LATENT_SIZE**2
+    tokens = FRAMES * places
+    # Three feed-forwards (gated: two up, one down) and four attentions; time is embedded by two layers.
+    feed_forward = 3 * (linear_flops(tokens, width, 2 * hidden) + linear_flops(tokens, hidden, width))
+    self_projections = 2 * 4 * linear_flops(tokens, width, width)
+    # The spatial cross attention sees one embedding a frame; the temporal one sees one a place.
+    cross_projections = 2 * 2 * linear_flops(tokens, width, width)
+    cross_projections += 2 * linear_flops(FRAMES, context, width) + 2 * linear_flops(places, context, width)
+    attention = attention_flops(places, places, FRAMES, width) + attention_flops(FRAMES, FRAMES, places, width)
+    attention += 2 * attention_flops(1, 1, tokens, width)
+    ends = 2 * linear_flops(tokens, width, width)
+    embedding = 2 * linear_flops(FRAMES, width, 4 * width)
+    expected = feed_forward + self_projections + cross_projections + attention + ends + embedding
+
+    convolutions = 4 * 2 * tokens * width * width  # 3 x 3 and 3 x 1 x 1 kernels, two of each
+    resnet = (9 + 3) * convolutions // 2 + 2 * linear_flops(FRAMES, 4 * width, width)
+    assert counted.unit_flops["D.0.0"] == expected + resnet
+
+
+def test_the_first_convolution_is_counted_as_by_hand(tiny_unet: SpatioTemporalUNet, inputs: Inputs) -> None:
+    counted = count_costs(tiny_unet, *inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tiny_unet.model.conv_in(torch.zeros(FRAMES, 8, LATENT_SIZE, LATENT_SIZE))
+    convolution = 2 * FRAMES * LATENT_SIZE**2 * 8 * 32 * 9
+    assert counter.get_total_flops() == convolution
+    assert sum(counted.unit_flops.values()) + convolution < counted.flops
+
+
+def test_attention_grows_with_the_square_of_the_places(tiny_unet: SpatioTemporalUNet) -> None:
+    small, large = (count_costs(tiny_unet, *new_inputs(size=size)) for size in (8, 16))
+    with_attention, without = "D.0.0", "D.3.0"
+    assert large.unit_flops[with_attention] > 4.05 * small.unit_flops[with_attention]
+    assert large.unit_flops[without] < 4.0 * small.unit_flops[without]
+
+
+def test_counting_is_the_same_twice_and_costs_the_network_nothing(
+    tiny_unet: SpatioTemporalUNet, inputs: Inputs
+) -> None:
+    first = count_costs(tiny_unet, *inputs)
+    assert count_costs(tiny_unet, *inputs) == first
+    assert first.parameters == sum(p.numel() for p in tiny_unet.model.parameters())
+    assert sum(first.unit_parameters.values()) < first.parameters
+    assert {p.device.type for p in tiny_unet.model.parameters()} == {"cpu"}
+
+
+def test_latencies_are_taken_in_turn_and_the_warm_up_is_not_counted() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found = measure_latencies(calls, CPU, runs=3, warmup=2)
+    assert "".join(order) == "ab" * 5
+    assert {name: latency.runs for name, latency in found.items()} == {"a": 3, "b": 3}
+    assert all(latency.p10_ms <= latency.median_ms <= latency.p90_ms for latency in found.values())
+
+
+def test_a_single_run_is_its_own_median() -> None:
+    latency = measure_latency(lambda: None, CPU, runs=1, warmup=0)
+    assert latency.p10_ms == latency.median_ms == latency.p90_ms
+    assert latency.runs == 1
+
+
+def test_every_unit_gets_a_time_and_no_hook_stays(tiny_unet: SpatioTemporalUNet, inputs: Inputs) -> None:
+    spent = measure_units(tiny_unet, *inputs, runs=1, warmup=0)
+    assert list(spent) == [unit.name for unit in tiny_unet.units]
+    assert min(spent.values()) > 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_unet.model.modules())
