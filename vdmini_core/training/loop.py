@@ -62,12 +62,11 @@ def train(
     log: Log = silent_log,
     track: Track = silent_track,
     should_stop: Callable[[], bool] = lambda: False,
-    every_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train every player for `settings.max_steps` steps, in place; each `player.ema` holds its average.
 
     `prepare(batch, generator, step)` computes once what the players share. With `checkpoints`, resumes
-    from the newest whole one of the same `fingerprint`. `every_step(step)` runs after each step.
+    from the newest whole one of the same `fingerprint`.
     """
     for player in players:
         player.optimizer = torch.optim.AdamW(
@@ -103,6 +102,11 @@ def train(
                 )
             total.backward()
             norm = nn.utils.clip_grad_norm_(player.parameters(), settings.clip_norm)
+            if not torch.isfinite(norm):
+                raise NonFiniteLoss(
+                    f"the gradient of {player.name} is {norm.item()} at step {step}, batch {batch.get('ids')}; "
+                    "lower the learning rate, or use fp32"
+                )
             for group in player.optimizer.param_groups:
                 group["lr"] = player.learning_rate * learning_rate_factor(step, settings)
             player.optimizer.step()
@@ -115,8 +119,6 @@ def train(
         if metrics:
             metrics["train/learning_rate_factor"] = learning_rate_factor(step, settings)
             log(metrics, step)
-        if every_step is not None:
-            every_step(step)
 
         done, stop = step + 1, should_stop()
         if checkpoints is not None and (stop or done % settings.checkpoint_every == 0):

@@ -45,10 +45,8 @@ SETTINGS = {
     ),
 }
 
-TEACHER_RUNS: dict[str, dict[str, float]] = {
-    "teacher": {"learning_rate": 1e-3, "drop_outer": 0.2, "drop_both": 0.3},
-    "teacher_refined": {"learning_rate": 6e-4, "drop_outer": 0.0, "drop_both": 0.0},
-}
+# Learning rate, and the probabilities of dropping the skips into U.3, and into U.3 and U.2.
+TEACHER_RUNS = {"teacher": (1e-3, 0.2, 0.3), "teacher_refined": (6e-4, 0.0, 0.0)}
 FOREGROUND_WEIGHT = 5.0
 
 
@@ -80,18 +78,20 @@ def build_zoo(
         say("training the teacher")
         data = _teacher_data(scratch, vae, image_encoder, track)
         unet = None
-        for name, options in TEACHER_RUNS.items():
+        for name, (learning_rate, drop_outer, drop_both) in TEACHER_RUNS.items():
             settings = SETTINGS[name]
             unet = train_teacher(
                 data if name == "teacher" else replace(data, weights=_weights()),
                 settings,
                 device,
                 start=unet,
+                learning_rate=learning_rate,
+                drop_outer=drop_outer,
+                drop_both=drop_both,
                 checkpoints=scratch / name,
                 fingerprint=json_digest(settings),
                 log=log,
                 track=track,
-                **options,
             )
         assert unet is not None
         unet.half().save_pretrained(teacher / "unet")

@@ -141,7 +141,6 @@ def train_teacher(
     fingerprint: str = "",
     log: Log = silent_log,
     track: Track = silent_track,
-    every_step: Callable[[int, Player], None] | None = None,
 ) -> UNetSpatioTemporalConditionModel:
     """EDM v-prediction (weighted so that the loss is plain MSE on v); returns the averaged weights.
 
@@ -209,7 +208,6 @@ def train_teacher(
         fingerprint=fingerprint,
         log=log,
         track=track,
-        every_step=None if every_step is None else lambda step: every_step(step, player),
     )
     assert player.ema is not None
     player.ema.copy_to(unet)

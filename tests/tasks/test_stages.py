@@ -1,0 +1,195 @@
+"""Every stage for real on the built-in teacher, with budgets of seconds, in one temporary project."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks._stage import STAGES, run_stage
+from vdmini_core.artifacts import (
+    DataManifest,
+    EvaluationReport,
+    Plan,
+    SensitivityReport,
+    TeacherManifest,
+    folder_digest,
+    read_json,
+)
+from vdmini_core.models import IllegalPlan, UnusableModel, load_denoiser
+
+PARAMS = {
+    "data": {"groups_per_class": 3},
+    "encode": {"train_clips": 24, "test_clips": 12},
+    "sensitivity": {"clips": 2, "steps": 1, "latency_runs": 1},
+    "distill": {
+        "loop": {"max_steps": 6, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 1, "log_every": 1},
+        "discriminator": {"warmup_steps": 1, "ramp_steps": 2},
+    },
+    "evaluate": {"clips": 4, "steps": 1, "gallery": 1},
+    "register": {"min_content_recovery": -100.0, "min_motion_recovery": -100.0},
+}
+
+
+def write_params(folder: Path, **changes: dict[str, object]) -> None:
+    (folder / "params.yaml").write_text(yaml.safe_dump({**PARAMS, **changes}))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder in which every stage has run once, in order."""
+    folder = tmp_path_factory.mktemp("project")
+    write_params(folder)
+    before = Path.cwd()
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    os.chdir(folder)
+    try:
+        for stage in STAGES:
+            run_stage(stage)
+    finally:
+        os.chdir(before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        del os.environ["MLFLOW_TRACKING_URI"]
+    return folder
+
+
+@pytest.fixture
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+    return project
+
+
+def test_data_lists_real_encoded_videos_in_the_ucf101_layout(project: Path) -> None:
+    manifest = read_json(project / "artifacts/data/manifest.json", DataManifest)
+    assert manifest.layout == "ucf101"
+    assert len(manifest.clips) == 216 * 3
+    assert not manifest.skipped
+    assert all((project / manifest.root / clip.path).suffix == ".avi" for clip in manifest.clips)
+
+
+def test_teacher_records_the_digest_of_every_weight_file(project: Path) -> None:
+    manifest = read_json(project / "artifacts/teacher/teacher.json", TeacherManifest)
+    assert sorted(name.split("/")[0] for name in manifest.digests) == ["image_encoder", "unet", "vae"]
+    assert manifest.blocks == ("D.0", "D.1", "D.2", "D.3", "M", "U.0", "U.1", "U.2", "U.3")
+
+
+def test_sensitivity_scores_every_block_and_every_pair(project: Path) -> None:
+    report = read_json(project / "artifacts/sensitivity/report.json", SensitivityReport)
+    assert [s.name for s in report.scores if s.kind == "block"] == list(
+        read_json(project / "artifacts/teacher/teacher.json", TeacherManifest).blocks
+    )
+    assert sum(s.kind == "pair" for s in report.scores) == 20
+    assert all(s.parameters > 0 and s.flops > 0 and s.latency_ms > 0 for s in report.scores)
+
+
+def test_the_paper_layout_removes_at_least_38_percent(project: Path) -> None:
+    plan = read_json(project / "artifacts/plan/plan.json", Plan)
+    student = load_denoiser(project / "artifacts/prune/unet")
+    assert sum(p.numel() for p in student.model.parameters()) == plan.student_parameters
+    assert plan.student_parameters <= 0.62 * plan.teacher_parameters
+
+
+def test_distillation_changes_the_student_and_keeps_its_history(project: Path) -> None:
+    assert folder_digest(project / "artifacts/distill/unet") != folder_digest(project / "artifacts/prune/unet")
+    rows = json.loads((project / "artifacts/distill/history.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert {"train/student/task", "train/student/icd", "train/student/mca", "train/discriminator/total"} <= set(rows[0])
+
+
+def test_evaluation_has_three_rows_a_floor_and_a_page(project: Path) -> None:
+    report = read_json(project / "artifacts/evaluate/report.json", EvaluationReport)
+    assert [row.name for row in report.rows] == ["teacher", "pruned", "recovered"]
+    assert all(row.latency.runs >= 30 and row.peak_memory_bytes > 0 for row in report.rows)
+    assert report.floor.content_distance > 0
+    assert "<video" in (project / "artifacts/evaluate/report.html").read_text()
+
+
+def test_a_registered_student_generates_a_clip(inside: Path) -> None:
+    from tasks._generate import generate
+    from vdmini_core.data.video import read_clip
+
+    generate(
+        "models:/vdmini@champion",
+        inside / "artifacts/evaluate/clips/first-0.png",
+        inside / "clip.mp4",
+        frames=None,
+        steps=1,
+        seed=0,
+    )
+    assert read_clip(inside / "clip.mp4", frames=8, fps=None, size=64).shape == (8, 64, 64, 3)
+
+
+def test_a_replaced_model_folder_is_refused_by_its_digest(inside: Path) -> None:
+    from tasks._generate import model_folder
+
+    extra = inside / "artifacts/register/model/changed.txt"
+    extra.write_text("changed")
+    try:
+        with pytest.raises(ValueError, match="its digest differs"):
+            model_folder("models:/vdmini@champion")
+    finally:
+        extra.unlink()
+
+
+def test_a_student_below_the_gate_is_not_registered_and_says_why(inside: Path) -> None:
+    verdict = (inside / "artifacts/register/verdict.json").read_text()
+    write_params(inside, register={"min_parameter_reduction": 0.9})
+    try:
+        run_stage("register")
+        refused = json.loads((inside / "artifacts/register/verdict.json").read_text())
+        assert refused["version"] is None
+        assert "register.min_parameter_reduction is 0.9" in refused["failed"][0]
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        write_params(inside)
+        (inside / "artifacts/register/verdict.json").write_text(verdict)
+
+
+def test_distillation_killed_midway_resumes_to_the_same_weights(project: Path, inside: Path) -> None:
+    whole = folder_digest(project / "artifacts/distill/unet")
+    checkpoints = next((project / ".scratch/checkpoints").iterdir())
+    for old in checkpoints.iterdir():
+        if old.is_dir():
+            subprocess.run(["rm", "-r", str(old)], check=True)
+    command = [sys.executable, "-m", "tasks._stage", "distill"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    child = subprocess.Popen(command, env=environment)
+    while not (checkpoints / "step-00000002").exists() and child.poll() is None:
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    assert not (checkpoints / "step-00000006").exists(), "killed too late to test anything"
+    subprocess.run(["rm", "-r", "artifacts/distill"], check=True)
+    subprocess.run(command, env=environment, check=True)
+    assert folder_digest(project / "artifacts/distill/unet") == whole
+
+
+def test_an_illegal_plan_is_refused_before_anything_is_written(inside: Path) -> None:
+    write_params(inside, plan={"method": "manual", "remove": ["D.0.1"]})
+    try:
+        with pytest.raises(IllegalPlan, match=r"removing D\.0\.1 leaves"):
+            run_stage("plan")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        write_params(inside)
+
+
+def test_a_missing_teacher_folder_is_refused(inside: Path) -> None:
+    write_params(inside, teacher={"source": "/nowhere/svd"})
+    try:
+        with pytest.raises(UnusableModel, match=r"teacher\.source '/nowhere/svd'"):
+            run_stage("teacher")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        write_params(inside)
+
+
+def test_an_unknown_stage_lists_the_known_ones(inside: Path) -> None:
+    with pytest.raises(ValueError, match="data, teacher, encode"):
+        run_stage("nothing")
