@@ -35,5 +35,12 @@ def _measure(folder: Path, device: str, latents: Tensor, condition: Condition) -
 
 
 def _resident_peak() -> int:
-    """Largest resident set of this process so far; Linux counts it in KiB, macOS in bytes."""
+    """Largest resident set of this process so far, in bytes.
+
+    On Linux from /proc: getrusage's figure is inherited from the parent process.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
