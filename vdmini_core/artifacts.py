@@ -102,7 +102,6 @@ class TeacherManifest(Record):
     digests: dict[str, str]
     digest: str
     blocks: tuple[str, ...]
-    facts: dict[str, Any]
 
 
 class LatentManifest(Record):

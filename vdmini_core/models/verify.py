@@ -1,6 +1,5 @@
 """Verifies a teacher's folder part by part, and records what it is; weights are referenced, not copied."""
 
-import json
 from pathlib import Path
 
 from vdmini_core.artifacts import TeacherManifest, file_digest, json_digest, read_json
@@ -21,7 +20,6 @@ def verify_teacher(source: str, revision: str | None) -> TeacherManifest:
     pipeline = load_pipeline(folder)
     files = sorted(p for part in SVD.parts for p in (folder / part).glob("*.safetensors"))
     digests = {str(path.relative_to(folder)): file_digest(path) for path in files}
-    facts_file = folder / "manifest.json"
     return TeacherManifest(
         source=source,
         revision=revision,
@@ -30,7 +28,6 @@ def verify_teacher(source: str, revision: str | None) -> TeacherManifest:
         digests=digests,
         digest=json_digest(digests),
         blocks=pipeline.denoiser.blocks,
-        facts=json.loads(facts_file.read_text()) if facts_file.is_file() else {},
     )
 
 
