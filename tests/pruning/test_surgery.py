@@ -19,7 +19,6 @@ TEACHER = TeacherManifest(
     digests={},
     digest="t",
     blocks=(),
-    facts={},
 )
 
 
