@@ -34,6 +34,8 @@ def load_component(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, *
     if any(wrong.values()):
         shown = "; ".join(f"{len(v)} {k.replace('_', ' ')} ({', '.join(v[:3])})" for k, v in wrong.items() if v)
         raise UnusableModel(f"{folder} does not fit {cls.__name__}: {shown}; config.json and weights disagree")
+    if hasattr(model, "register_to_config"):  # diffusers would save the folder's path into every copy's config
+        model.register_to_config(_name_or_path="")
     return model.eval().requires_grad_(False)
 
 
