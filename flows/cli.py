@@ -120,6 +120,26 @@ def generate(
 
 
 @app.command(rich_help_panel=RUN)
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="model.ckpt, unet_mg.pt, unet_no_mg.pt, or such in safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The pipeline folder to write; new or empty.")],
+    config: Annotated[Path | None, typer.Option(help="The U-Net's yaml or JSON; VideoCrafter2's by default.")] = None,
+    fps: Annotated[int, typer.Option(min=1, help="Frames per second; becomes part of the weights.")] = 8,
+) -> None:
+    """Make a diffusers pipeline folder of a VideoCrafter2 or T2V-Turbo-v2 checkpoint.
+
+    Only the U-Net is converted; what has to be put beside it is printed. Pickles are read without running code.
+    """
+    with explained():
+        from vdmini_core.models.videocrafter import COMPANIONS, COMPANIONS_SOURCE, convert_checkpoint
+
+        convert_checkpoint(checkpoint, out, config, fps)
+    typer.echo(f"{out} has the U-Net and the scheduler; put beside them, from {COMPANIONS_SOURCE}:")
+    for name, (library, kind, meaning) in COMPANIONS.items():
+        typer.echo(f"  {name + '/':15}{meaning} ({library}' {kind})")
+
+
+@app.command(rich_help_panel=RUN)
 def zoo(
     out: Annotated[Path, typer.Option(help="Folder for the weights; parts that are there are kept.")] = Path("zoo-new"),
 ) -> None:

@@ -38,19 +38,10 @@ def generate(model: str, image: Path, out: Path, *, frames: int | None, steps: i
     """Write one mp4 that continues `image`; size and default length are the model's own."""
     quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = EncodeSettings()
     pipeline = load_pipeline(model_folder(model), device=device)
-    config = pipeline.denoiser.model.config
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    clip = generate_clip(
-        pipeline,
-        read_image(image, config.sample_size * factor),
-        frames=frames or config.num_frames,
-        steps=steps,
-        seed=seed,
-        fps=told.fps,
-        motion_bucket_id=told.motion_bucket_id,
-        noise_augmentation=told.noise_augmentation,
-    )
+    default_frames, height, _ = pipeline.default_shape()
+    picture = read_image(image, height)
+    told = EncodeSettings()
+    clip = generate_clip(pipeline, picture, "", frames=frames or default_frames, steps=steps, seed=seed, told=told)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_clip_to(out, clip)

@@ -5,7 +5,7 @@ from vdmini_core.artifacts import TeacherManifest, read_json
 from vdmini_core.data.latents import LatentCache
 from vdmini_core.evaluation.evaluator import Evaluator, load_evaluator
 from vdmini_core.evaluation.protocol import sampling_protocol
-from vdmini_core.models import SVD, load_pipeline
+from vdmini_core.models import Pipeline, load_pipeline
 from vdmini_core.models.sources import evaluator_folder
 from vdmini_core.models.verify import teacher_folder
 from vdmini_core.settings import SamplerSettings
@@ -15,10 +15,10 @@ def teacher_manifest(context: Context) -> TeacherManifest:
     return read_json(context.input("teacher") / "teacher.json", TeacherManifest)
 
 
-def teacher_pipeline(context: Context, *parts: str) -> SVD:
-    """The teacher's named parts, its weights checked against the digests of stage teacher."""
+def teacher_pipeline(context: Context, *roles: str) -> Pipeline:
+    """The teacher's named roles, its weights checked against the digests of stage teacher."""
     folder = teacher_folder(context.input("teacher") / "teacher.json")
-    return load_pipeline(folder, parts, context.device)
+    return load_pipeline(folder, roles, context.device)
 
 
 def evaluator(context: Context) -> Evaluator:

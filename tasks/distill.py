@@ -14,7 +14,7 @@ def run(context: Context) -> None:
     plan = read_json(context.input("plan") / "plan.json", Plan)
     inputs = {
         "teacher": teacher_manifest(context).digest,
-        "pruned": folder_digest(context.input("prune") / "unet"),
+        "pruned": folder_digest(context.input("prune") / "denoiser"),
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
@@ -26,12 +26,14 @@ def run(context: Context) -> None:
         history.log(metrics, step)
         context.log(metrics, step)
 
-    teacher = teacher_pipeline(context, "unet").denoiser
-    student = load_denoiser(context.input("prune") / "unet", context.device)
+    pipeline = teacher_pipeline(context, "denoiser")
+    teacher = pipeline.denoiser
+    student = load_denoiser(context.input("prune") / "denoiser", context.device)
     distill(
         teacher,
         student,
         teacher.surviving(plan.removed),
+        pipeline.process,
         train_clips(context),
         settings,
         context.device,
@@ -41,6 +43,6 @@ def run(context: Context) -> None:
         track=context.track,
         should_stop=context.should_stop,
     )
-    save_denoiser(student, context.folder / "unet")
+    save_denoiser(student, context.folder / "denoiser")
     write_json(context.folder / "distill.json", context.provenance(**inputs))
     history.write(context.folder / "history.json")

@@ -11,7 +11,7 @@ def run(context: Context) -> None:
     data = read_json(context.input("data") / "manifest.json", DataManifest)
     teacher = read_json(context.input("teacher") / "teacher.json", TeacherManifest)
     folder = teacher_folder(context.input("teacher") / "teacher.json")
-    pipeline = load_pipeline(folder, ("vae", "image_encoder"), context.device)
+    pipeline = load_pipeline(folder, ("vae", "conditioner"), context.device)
     provenance = context.provenance(data=data.digest, teacher=teacher.digest)
     settings = context.params.encode
     manifest = encode_dataset(pipeline, data, settings, context.folder, teacher.digest, provenance, context.track)

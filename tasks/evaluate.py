@@ -11,8 +11,8 @@ from vdmini_core.evaluation.report import write_report
 
 def run(context: Context) -> None:
     settings, folder = context.params.evaluate, context.folder
-    pipeline = teacher_pipeline(context, "unet", "vae")
-    students = {"pruned": context.input("prune") / "unet", "recovered": context.input("distill") / "unet"}
+    pipeline = teacher_pipeline(context, "denoiser", "vae")
+    students = {"pruned": context.input("prune") / "denoiser", "recovered": context.input("distill") / "denoiser"}
     report = evaluate_rows(
         pipeline,
         students,

@@ -12,7 +12,7 @@ def run(context: Context) -> None:
     report_digest = file_digest(context.input("sensitivity") / "report.json")
     teacher_digest = teacher_manifest(context).digest
     plan = make_plan(
-        teacher_pipeline(context, "unet").denoiser,
+        teacher_pipeline(context, "denoiser").denoiser,
         context.params.plan,
         rows["latents"],
         condition_of(rows),

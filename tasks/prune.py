@@ -11,6 +11,8 @@ from vdmini_core.pruning.surgery import prune
 def run(context: Context) -> None:
     plan = read_json(context.input("plan") / "plan.json", Plan)
     dtype = getattr(torch, context.params.prune.dtype)
-    student = prune(teacher_pipeline(context, "unet").denoiser, teacher_manifest(context), plan, context.folder, dtype)
+    student = prune(
+        teacher_pipeline(context, "denoiser").denoiser, teacher_manifest(context), plan, context.folder, dtype
+    )
     count = sum(p.numel() for p in student.model.parameters())
     context.log({"size/unet_parameters": count, "size/unet_parameter_ratio": count / plan.teacher_parameters}, 0)

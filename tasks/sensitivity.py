@@ -10,7 +10,7 @@ from vdmini_core.pruning.sensitivity import measure_sensitivity, sensitivity_tab
 def run(context: Context) -> None:
     settings = context.params.sensitivity
     report = measure_sensitivity(
-        teacher_pipeline(context, "unet", "vae"),
+        teacher_pipeline(context, "denoiser", "vae"),
         test_clips(context),
         evaluator(context),
         settings,

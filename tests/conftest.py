@@ -6,17 +6,17 @@ import pytest
 from torch import Tensor
 
 from tests import tiny
-from vdmini_core.models import SVD, Condition, SpatioTemporalUNet, load_pipeline
+from vdmini_core.models import SVD, Condition, UNetDenoiser, load_pipeline
 
 
 @pytest.fixture
-def tiny_unet() -> SpatioTemporalUNet:
+def tiny_unet() -> UNetDenoiser:
     """A fresh random U-Net of equal widths, so that most removals are legal."""
     return tiny.new_unet(tiny.EVEN)
 
 
 @pytest.fixture
-def growing_unet() -> SpatioTemporalUNet:
+def growing_unet() -> UNetDenoiser:
     """A fresh random U-Net whose width changes between stages, as SVD's does."""
     return tiny.new_unet(tiny.GROWING)
 

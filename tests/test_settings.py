@@ -60,7 +60,7 @@ def test_the_schema_names_every_section_of_the_file() -> None:
         (MINIMAL + "encode: {train_clips: 1e3}\n", "got '1e3'"),
         (MINIMAL + "encode: {train_clips: 0}\n", "encode.train_clips: Input should be greater than 0, got 0"),
         (MINIMAL + "data: {size: 60}\n", "data.size: Input should be a multiple of 8, got 60"),
-        (MINIMAL + "plan: {method: magic}\n", "plan.method: Input should be 'paper' or 'manual', got 'magic'"),
+        (MINIMAL + "plan: {method: magic}\n", "plan.method: Input should be 'paper', 'uniform' or 'manual', got 'magic'"),
         (MINIMAL + "evaluate: {latency_runs: 3}\n", "evaluate.latency_runs: Input should be greater than or equal to"),
         ("- a list\n", "(whole file): "),
         ("", "(whole file): "),

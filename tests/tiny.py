@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from vdmini_core.artifacts import LatentManifest, Provenance, write_json
 from vdmini_core.data.latents import CONDITION, SHARD_CLIPS, LatentCache, write_shard
-from vdmini_core.models import Condition, SpatioTemporalUNet
+from vdmini_core.models import Condition, UNetDenoiser
 from vdmini_core.zoo.build import write_fixed_parts
 
 EVEN = (32, 32, 32, 32)
@@ -46,8 +46,8 @@ def new_model(widths: tuple[int, ...] = EVEN) -> UNetSpatioTemporalConditionMode
     )
 
 
-def new_unet(widths: tuple[int, ...] = EVEN) -> SpatioTemporalUNet:
-    return SpatioTemporalUNet(new_model(widths))
+def new_unet(widths: tuple[int, ...] = EVEN) -> UNetDenoiser:
+    return UNetDenoiser(new_model(widths))
 
 
 def new_inputs(batch: int = 1, size: int = LATENT_SIZE, seed: int = 0) -> tuple[Tensor, Condition]:
@@ -63,7 +63,7 @@ def new_inputs(batch: int = 1, size: int = LATENT_SIZE, seed: int = 0) -> tuple[
 
 
 @torch.no_grad()
-def output_of(denoiser: SpatioTemporalUNet, inputs: tuple[Tensor, Condition]) -> Tensor:
+def output_of(denoiser: UNetDenoiser, inputs: tuple[Tensor, Condition]) -> Tensor:
     latents, condition = inputs
     return denoiser(latents, torch.full((len(latents),), 0.3), condition)
 

@@ -80,9 +80,10 @@ class SensitivitySettings(SamplerSettings):
 
 
 class PlanSettings(Settings):
-    """Which units to remove: the paper's layout, or exactly `remove`."""
+    """Which units to remove: the paper's U-Net layout, a transformer's blocks evenly, or exactly `remove`."""
 
-    method: Literal["paper", "manual"] = "paper"
+    method: Literal["paper", "uniform", "manual"] = "paper"
+    fraction: float = Field(0.2, gt=0, lt=1, description="uniform: share of the blocks to remove")
     remove: tuple[str, ...] = Field((), description="manual: unit or block names, such as D.0.1")
 
 

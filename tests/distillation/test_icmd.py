@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from tests.tiny import new_unet, output_of, write_latents
 from vdmini_core.data.latents import LatentCache
-from vdmini_core.diffusion import edm
+from vdmini_core.diffusion.process import VPrediction
 from vdmini_core.distillation.heads import Discriminator
 from vdmini_core.distillation.icmd import ICMD, distill
 from vdmini_core.distillation.taps import encoder_features, tapped
-from vdmini_core.models import Condition, SpatioTemporalUNet
+from vdmini_core.models import Condition, UNetDenoiser
 from vdmini_core.settings import DiscriminatorSettings, DistillSettings, LoopSettings
 from vdmini_core.training.loop import State
 
@@ -33,7 +33,7 @@ class Players:
         self.heads = Discriminator(self.teacher.encoder_widths())
         self.batch = data.shuffled(0, 2, 0)
         matches = self.teacher.surviving(REMOVED)
-        self.step = ICMD(self.teacher, self.student, self.heads, matches, settings, torch.device("cpu"))
+        self.step = ICMD(self.teacher, self.student, self.heads, matches, VPrediction(), settings, torch.device("cpu"))
 
     def prepare(self, step: int, seed: int = 0) -> State:
         return self.step.prepare(self.batch, torch.Generator().manual_seed(seed), step)
@@ -101,7 +101,7 @@ def test_a_student_that_is_the_teacher_has_no_content_loss_and_its_task_loss(dat
     teacher = new_unet()
     heads = Discriminator(teacher.encoder_widths())
     matches = {unit.name: unit.name for unit in teacher.units}
-    step = ICMD(teacher, teacher.without(()), heads, matches, SETTINGS, torch.device("cpu"))
+    step = ICMD(teacher, teacher.without(()), heads, matches, VPrediction(), SETTINGS, torch.device("cpu"))
     state = step.prepare(data.shuffled(0, 2, 0), torch.Generator().manual_seed(0), 30)
     losses = step.student_loss(state)
     assert losses["icd"].item() == 0
@@ -112,7 +112,7 @@ def test_a_student_that_is_the_teacher_has_no_content_loss_and_its_task_loss(dat
 def test_the_target_is_the_velocity_of_the_clip(data: LatentCache) -> None:
     players = Players(data)
     state = players.prepare(step=0)
-    again = edm.denoised(state["target"], state["noisy"], state["sigma"])
+    again = VPrediction().clean(state["target"], state["noisy"], state["sigma"])
     torch.testing.assert_close(again, players.batch["latents"], rtol=0, atol=1e-3)
 
 
@@ -133,7 +133,7 @@ def test_without_the_adversarial_loss_there_are_no_heads_to_feed(data: LatentCac
 
 
 def test_encoder_features_are_the_stage_outputs_of_a_full_pass(
-    tiny_unet: SpatioTemporalUNet, inputs: tuple[Tensor, Condition]
+    tiny_unet: UNetDenoiser, inputs: tuple[Tensor, Condition]
 ) -> None:
     latents, condition = inputs
     stages: dict[str, nn.Module] = {str(i): stage for i, stage in enumerate(tiny_unet.encoder_stages())}
@@ -169,6 +169,7 @@ def test_distilling_ends_with_the_averaged_student_and_an_untouched_teacher(data
         teacher,
         student,
         teacher.surviving(REMOVED),
+        VPrediction(),
         data,
         settings,
         torch.device("cpu"),

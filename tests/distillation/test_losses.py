@@ -7,7 +7,7 @@ from vdmini_core.distillation.losses import (
     discriminator_hinge_loss,
     generator_hinge_loss,
     individual_content_loss,
-    velocity_loss,
+    task_loss,
 )
 
 
@@ -15,8 +15,8 @@ def t(*values: float) -> torch.Tensor:
     return torch.tensor(values)
 
 
-def test_the_velocity_loss_is_the_mean_square() -> None:
-    assert velocity_loss(t(1.0, 2.0), t(0.0, 4.0)).item() == 2.5
+def test_the_task_loss_is_the_mean_square() -> None:
+    assert task_loss(t(1.0, 2.0), t(0.0, 4.0)).item() == 2.5
 
 
 def test_the_content_loss_sums_the_mean_squares_of_the_taps() -> None:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import FRAMES, LATENT_SIZE, new_inputs
 from vdmini_core.evaluation.costs import count_costs, measure_latencies, measure_latency, measure_units
-from vdmini_core.models import Condition, SpatioTemporalUNet
+from vdmini_core.models import Condition, UNetDenoiser
 
 Inputs = tuple[Tensor, Condition]
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def linear_flops(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
 
-def test_a_transformers_flops_are_those_counted_by_hand(tiny_unet: SpatioTemporalUNet, inputs: Inputs) -> None:
+def test_a_transformers_flops_are_those_counted_by_hand(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:
     counted = count_costs(tiny_unet, *inputs)
     width, context, hidden, places = 32, 16, 128, LATENT_SIZE**2
     tokens = FRAMES * places
@@ -42,7 +42,7 @@ def test_a_transformers_flops_are_those_counted_by_hand(tiny_unet: SpatioTempora
     assert counted.unit_flops["D.0.0"] == expected + resnet
 
 
-def test_the_first_convolution_is_counted_as_by_hand(tiny_unet: SpatioTemporalUNet, inputs: Inputs) -> None:
+def test_the_first_convolution_is_counted_as_by_hand(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:
     counted = count_costs(tiny_unet, *inputs)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tiny_unet.model.conv_in(torch.zeros(FRAMES, 8, LATENT_SIZE, LATENT_SIZE))
@@ -51,16 +51,14 @@ def test_the_first_convolution_is_counted_as_by_hand(tiny_unet: SpatioTemporalUN
     assert sum(counted.unit_flops.values()) + convolution < counted.flops
 
 
-def test_attention_grows_with_the_square_of_the_places(tiny_unet: SpatioTemporalUNet) -> None:
+def test_attention_grows_with_the_square_of_the_places(tiny_unet: UNetDenoiser) -> None:
     small, large = (count_costs(tiny_unet, *new_inputs(size=size)) for size in (8, 16))
     with_attention, without = "D.0.0", "D.3.0"
     assert large.unit_flops[with_attention] > 4.05 * small.unit_flops[with_attention]
     assert large.unit_flops[without] < 4.0 * small.unit_flops[without]
 
 
-def test_counting_is_the_same_twice_and_costs_the_network_nothing(
-    tiny_unet: SpatioTemporalUNet, inputs: Inputs
-) -> None:
+def test_counting_is_the_same_twice_and_costs_the_network_nothing(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:
     first = count_costs(tiny_unet, *inputs)
     assert count_costs(tiny_unet, *inputs) == first
     assert first.parameters == sum(p.numel() for p in tiny_unet.model.parameters())
@@ -83,7 +81,7 @@ def test_a_single_run_is_its_own_median() -> None:
     assert latency.runs == 1
 
 
-def test_every_unit_gets_a_time_and_no_hook_stays(tiny_unet: SpatioTemporalUNet, inputs: Inputs) -> None:
+def test_every_unit_gets_a_time_and_no_hook_stays(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:
     spent = measure_units(tiny_unet, *inputs, runs=1, warmup=0)
     assert list(spent) == [unit.name for unit in tiny_unet.units]
     assert min(spent.values()) > 0

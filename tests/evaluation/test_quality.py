@@ -47,13 +47,11 @@ def report(student: Quality, reduction: float, recovered: dict[str, float | None
 
 
 def test_the_noise_of_a_clip_depends_on_seed_and_index_alone() -> None:
-    together = noise_for(3, range(6), SHAPE)
-    apart = torch.cat(
-        [noise_for(3, range(0, 2), SHAPE), noise_for(3, range(2, 5), SHAPE), noise_for(3, range(5, 6), SHAPE)]
-    )
+    together = noise_for(3, range(6), SHAPE, "cpu")
+    apart = torch.cat([noise_for(3, chunk, SHAPE, "cpu") for chunk in (range(0, 2), range(2, 5), range(5, 6))])
     assert torch.equal(together, apart)
     assert len({value.item() for value in together[:, 0, 0, 0, 0]}) == 6
-    assert not torch.equal(noise_for(4, range(6), SHAPE), together)
+    assert not torch.equal(noise_for(4, range(6), SHAPE, "cpu"), together)
 
 
 def test_generated_clips_do_not_depend_on_the_batch_size(tiny_pipeline: SVD, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from vdmini_core.models.export import export_pipeline
 from vdmini_core.models.generating import read_image
 from vdmini_core.pruning.planning import paper_layout
 from vdmini_core.pruning.surgery import save_denoiser
-from vdmini_core.settings import PlanSettings
+from vdmini_core.settings import EncodeSettings, PlanSettings
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,9 @@ def test_the_condition_is_the_stock_pipelines(stock: StableVideoDiffusionPipelin
     picture = Image.fromarray(pixels)
     ours = tiny_pipeline.condition(
         torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1,
-        fps=9,
-        motion_bucket_id=63,
-        noise_augmentation=0.1,
-        generator=torch.Generator().manual_seed(0),
+        [""],
+        EncodeSettings(fps=9, motion_bucket_id=63, noise_augmentation=0.1),
+        torch.Generator().manual_seed(0),
     )
     with torch.no_grad():
         embedding = stock._encode_image(picture, "cpu", 1, False)
@@ -83,7 +82,7 @@ def test_an_exported_pipeline_loads_in_diffusers_and_samples(
 
     assert [frame.size for frame in frames] == [(64, 64)] * 2
     assert type(pipeline.unet) is type(student.model)
-    ours = load_pipeline(model, ["unet"]).denoiser
+    ours = load_pipeline(model, ["denoiser"]).denoiser
     torch.testing.assert_close(output_of(ours, new_inputs()), output_of(student, new_inputs()), rtol=0, atol=1e-5)
     assert {path.name for path in tmp_path.iterdir()} == {"unet", "model"}
 

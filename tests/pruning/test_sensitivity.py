@@ -18,7 +18,7 @@ IDLE = "D.0.1"
 @pytest.fixture(scope="module")
 def report(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SensitivityReport:
     """Of a pipeline one of whose pairs adds exactly nothing to what it receives."""
-    pipeline = load_pipeline(tiny_pipeline_folder, ["unet", "vae"])
+    pipeline = load_pipeline(tiny_pipeline_folder, ["denoiser", "vae"])
     block = pipeline.denoiser.model.down_blocks[0]
     resnet, attention = block.resnets[1], block.attentions[1]
     for layer in (resnet.spatial_res_block.conv2, resnet.temporal_res_block.conv2, attention.proj_out):

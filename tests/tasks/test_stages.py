@@ -90,13 +90,13 @@ def test_sensitivity_scores_every_block_and_every_pair(project: Path) -> None:
 
 def test_the_paper_layout_removes_at_least_38_percent(project: Path) -> None:
     plan = read_json(project / "artifacts/plan/plan.json", Plan)
-    student = load_denoiser(project / "artifacts/prune/unet")
+    student = load_denoiser(project / "artifacts/prune/denoiser")
     assert sum(p.numel() for p in student.model.parameters()) == plan.student_parameters
     assert plan.student_parameters <= 0.62 * plan.teacher_parameters
 
 
 def test_distillation_changes_the_student_and_keeps_its_history(project: Path) -> None:
-    assert folder_digest(project / "artifacts/distill/unet") != folder_digest(project / "artifacts/prune/unet")
+    assert folder_digest(project / "artifacts/distill/denoiser") != folder_digest(project / "artifacts/prune/denoiser")
     rows = json.loads((project / "artifacts/distill/history.json").read_text())["rows"]
     assert [row["step"] for row in rows] == list(range(6))
     assert {"train/student/task", "train/student/icd", "train/student/mca", "train/discriminator/total"} <= set(rows[0])
@@ -152,7 +152,7 @@ def test_a_student_below_the_gate_is_not_registered_and_says_why(inside: Path) -
 
 
 def test_distillation_killed_midway_resumes_to_the_same_weights(project: Path, inside: Path) -> None:
-    whole = folder_digest(project / "artifacts/distill/unet")
+    whole = folder_digest(project / "artifacts/distill/denoiser")
     checkpoints = next((project / ".scratch/checkpoints").iterdir())
     for old in checkpoints.iterdir():
         if old.is_dir():
@@ -167,7 +167,7 @@ def test_distillation_killed_midway_resumes_to_the_same_weights(project: Path, i
     assert not (checkpoints / "step-00000006").exists(), "killed too late to test anything"
     subprocess.run(["rm", "-r", "artifacts/distill"], check=True)
     subprocess.run(command, env=environment, check=True)
-    assert folder_digest(project / "artifacts/distill/unet") == whole
+    assert folder_digest(project / "artifacts/distill/denoiser") == whole
 
 
 def test_an_illegal_plan_is_refused_before_anything_is_written(inside: Path) -> None:

@@ -60,7 +60,23 @@ ALL_LABELS = tuple(
     for colour in range(len(COLOURS))
     for motion in range(len(MOTIONS))
 )
+PHRASES = {
+    "left": "moving left",
+    "right": "moving right",
+    "up": "moving up",
+    "down": "moving down",
+    "clockwise": "turning clockwise",
+    "counterclockwise": "turning counterclockwise",
+    "grow": "growing",
+    "shrink": "shrinking",
+    "bounce": "bouncing",
+}
 LABEL_BY_CLASS = {label.class_name: label for label in ALL_LABELS}
+
+
+def describe_label(label: Label) -> str:
+    """The label as a caption: `a red circle moving left`."""
+    return f"a {list(COLOURS)[label.colour]} {SHAPES[label.shape]} {PHRASES[MOTIONS[label.motion]]}"
 
 
 def render_clip(

@@ -5,6 +5,7 @@ Layout: `UCF-101/<Class>/v_<Class>_gNN_cNN.avi` and `ucfTrainTestlist/` with `cl
 (without labels).
 """
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vdmini_core.artifacts import Clip, DataManifest, json_digest
-from vdmini_core.data.synthetic import ALL_LABELS, LABEL_BY_CLASS, Label, render_clip
+from vdmini_core.data.synthetic import ALL_LABELS, LABEL_BY_CLASS, Label, describe_label, render_clip
 from vdmini_core.data.video import VIDEO_SUFFIXES, UnreadableVideo, read_clip, write_video
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import DataSettings
@@ -135,3 +136,10 @@ def choose(manifest: DataManifest, split: str, count: int, seed: int) -> list[Cl
     classes = list(by_class.values())
     rounds: Iterable[Clip] = (c[i] for i in range(max(map(len, classes))) for c in classes if i < len(c))
     return list(rounds)[:count]
+
+
+def caption_of(clip: Clip) -> str:
+    """What a text-to-video model is told of a clip: the synthetic label in words, or the words of its class."""
+    if clip.label is not None:
+        return describe_label(Label(*clip.label))
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", clip.class_name).replace("_", " ").lower()

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from vdmini_core.data.latents import LatentCache, condition_of
-from vdmini_core.diffusion import edm
+from vdmini_core.diffusion.process import Process
 from vdmini_core.distillation.heads import Discriminator
 from vdmini_core.distillation.losses import (
     discriminator_hinge_loss,
     generator_hinge_loss,
     individual_content_loss,
-    velocity_loss,
+    task_loss,
 )
 from vdmini_core.distillation.taps import encoder_features, tapped
-from vdmini_core.models import SpatioTemporalUNet
+from vdmini_core.models import Denoiser
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import DistillSettings
 from vdmini_core.training.loop import Batch, Player, State, train
@@ -29,20 +29,22 @@ from vdmini_core.training.loop import Batch, Player, State, train
 class ICMD:
     """Computes the losses of one step; holds the networks, owns no optimizer.
 
-    `matches` maps every teacher unit that survived to the student's unit made from it.
+    `matches` maps every teacher unit that survived to the student's unit made from it; `process` is the
+    teacher's noise algebra.
     """
 
     def __init__(
         self,
-        teacher: SpatioTemporalUNet,
-        student: SpatioTemporalUNet,
+        teacher: Denoiser,
+        student: Denoiser,
         discriminator: Discriminator,
         matches: dict[str, str],
+        process: Process,
         settings: DistillSettings,
         device: torch.device,
     ) -> None:
         self.teacher, self.student, self.discriminator = teacher, student, discriminator
-        self.settings, self.device = settings, device
+        self.process, self.settings, self.device = process, settings, device
         teacher_taps, student_taps = teacher.tap_modules(), student.tap_modules()
         self.teacher_taps = {name: teacher_taps[name] for name in matches}
         self.student_taps = {name: student_taps[match] for name, match in matches.items()}
@@ -57,16 +59,16 @@ class ICMD:
         """Noise the clips, and run the teacher once on what the student will see."""
         x0: Tensor = batch["latents"]
         heads = self.settings.discriminator
-        sigma = edm.draw_sigma(len(x0), self.settings.sigma_mean, self.settings.sigma_std, generator)
-        noisy = x0 + edm.like(sigma, x0) * torch.randn(x0.shape, generator=generator)
-        heads_sigma = edm.draw_sigma(len(x0), heads.sigma_mean, heads.sigma_std, generator)
+        sigma = self.process.draw(len(x0), self.settings.sigma_mean, self.settings.sigma_std, generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        heads_sigma = self.process.draw(len(x0), heads.sigma_mean, heads.sigma_std, generator)
         heads_noise = torch.randn(x0.shape, generator=generator)
         state: State = {
-            "noisy": noisy.to(self.device),
+            "noisy": self.process.noised(x0, noise, sigma).to(self.device),
             "sigma": sigma.to(self.device),
             "heads_sigma": heads_sigma.to(self.device),
             "heads_noise": heads_noise.to(self.device),
-            "target": edm.velocity(x0, noisy, sigma).to(self.device),
+            "target": self.process.target(x0, noise, sigma).to(self.device),
             "condition": condition_of(batch, self.device),
             "mca_weight": self.mca_weight(step),
         }
@@ -74,7 +76,7 @@ class ICMD:
             output = self._predict(self.teacher, state)
             state["teacher_features"] = dict(features)
             if self.settings.mca_weight > 0:
-                x0_teacher = edm.denoised(output.float(), state["noisy"], state["sigma"])
+                x0_teacher = self.process.clean(output.float(), state["noisy"], state["sigma"])
                 state["real"] = self._renoised_features(x0_teacher, state)
         return state
 
@@ -83,44 +85,43 @@ class ICMD:
         with tapped(self.student_taps) as features:
             output = self._predict(self.student, state)
             own = dict(features)
-        task = velocity_loss(output, state["target"])
+        task = task_loss(output, state["target"])
         icd = individual_content_loss(
             [own[name] for name in self.teacher_taps], [state["teacher_features"][name] for name in self.teacher_taps]
         )
         losses = {"task": task, "icd": icd}
         total = task + self.settings.icd_weight * icd
         if self.settings.mca_weight > 0:
-            x0_student = edm.denoised(output.float(), state["noisy"], state["sigma"])
+            x0_student = self.process.clean(output.float(), state["noisy"], state["sigma"])
             with torch.set_grad_enabled(state["mca_weight"] > 0):
                 fake = self._renoised_features(x0_student, state)
-                losses["mca"] = generator_hinge_loss(self.discriminator(fake, edm.c_noise(state["heads_sigma"])))
+                losses["mca"] = generator_hinge_loss(self.discriminator(fake, state["heads_sigma"].log() / 4))
             state["fake"] = [feature.detach() for feature in fake]
             total = total + state["mca_weight"] * losses["mca"]
         return {"total": total, **losses}
 
     def discriminator_loss(self, state: State) -> dict[str, Tensor]:
         """Hinge on the features the student's step left behind; no gradient reaches the student."""
-        level = edm.c_noise(state["heads_sigma"])
+        level = state["heads_sigma"].log() / 4
         fake, real = self.discriminator(state["fake"], level), self.discriminator(state["real"], level)
         gap = torch.stack([(r.float().mean() - f.float().mean()) for f, r in zip(fake, real, strict=True)]).mean()
         return {"total": discriminator_hinge_loss(fake, real), "real_minus_fake": gap.detach()}
 
-    def _predict(self, denoiser: SpatioTemporalUNet, state: State) -> Tensor:
-        sigma = state["sigma"]
-        scaled = state["noisy"] * edm.c_in(edm.like(sigma, state["noisy"]))
-        return denoiser(scaled, edm.c_noise(sigma), state["condition"])
+    def _predict(self, denoiser: Denoiser, state: State) -> Tensor:
+        return denoiser(state["noisy"], self.process.time(state["sigma"]), state["condition"])
 
     def _renoised_features(self, x0: Tensor, state: State) -> list[Tensor]:
         """Multi-frame features of the frozen teacher encoder for a clip re-noised to sigma'."""
-        sigma = edm.like(state["heads_sigma"], x0)
-        scaled = (x0 + sigma * state["heads_noise"]) * edm.c_in(sigma)
-        return encoder_features(self.teacher, scaled, edm.c_noise(state["heads_sigma"]), state["condition"])
+        sigma = state["heads_sigma"]
+        noisy = self.process.noised(x0, state["heads_noise"], sigma)
+        return encoder_features(self.teacher, noisy, self.process.time(sigma), state["condition"])
 
 
 def distill(
-    teacher: SpatioTemporalUNet,
-    student: SpatioTemporalUNet,
+    teacher: Denoiser,
+    student: Denoiser,
     matches: dict[str, str],
+    process: Process,
     data: LatentCache,
     settings: DistillSettings,
     device: torch.device,
@@ -135,7 +136,7 @@ def distill(
     loop = settings.loop
     torch.manual_seed(loop.seed)
     discriminator = Discriminator(teacher.encoder_widths()).to(device)
-    step = ICMD(teacher, student, discriminator, matches, settings, device)
+    step = ICMD(teacher, student, discriminator, matches, process, settings, device)
     players = [Player("student", student.model.train(), step.student_loss, settings.learning_rate)]
     if settings.mca_weight > 0:
         rate = settings.discriminator.learning_rate

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """L_task of SVD: mean squared error of v [B, C, T, h, w], which is EDM's weighted x0 loss."""
-    return F.mse_loss(prediction.float(), target.float())
+def task_loss(answer: Tensor, target: Tensor) -> Tensor:
+    """L_task: mean squared error of what the network answers (v, epsilon or velocity) [B, C, T, h, w]."""
+    return F.mse_loss(answer.float(), target.float())
 
 
 def individual_content_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

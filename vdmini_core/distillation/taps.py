@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vdmini_core.models import Condition, SpatioTemporalUNet
+from vdmini_core.models import Condition, Denoiser
 
 
 def _tensor(output: Any) -> Tensor:
@@ -36,9 +36,7 @@ class _EncoderDone(Exception):
     """Raised by the hook that ends a forward pass after the encoder."""
 
 
-def encoder_features(
-    denoiser: SpatioTemporalUNet, scaled: Tensor, c_noise: Tensor, condition: Condition
-) -> list[Tensor]:
+def encoder_features(denoiser: Denoiser, noisy: Tensor, time: Tensor, condition: Condition) -> list[Tensor]:
     """The output of every encoder stage, [B, C, T, h, w]; nothing after the encoder is computed."""
 
     def stop(module: nn.Module, args: object) -> None:
@@ -48,8 +46,7 @@ def encoder_features(
     handle = denoiser.stop_after_encoder().register_forward_pre_hook(stop)
     try:
         with tapped(stages) as found, suppress(_EncoderDone):
-            denoiser(scaled, c_noise, condition)
+            denoiser(noisy, time, condition)
     finally:
         handle.remove()
-    frames = scaled.shape[2]
-    return [found[name].unflatten(0, (-1, frames)).transpose(1, 2) for name in stages]
+    return [denoiser.as_video(found[name], noisy) for name in stages]

@@ -18,7 +18,7 @@ from vdmini_core.evaluation.costs import count_costs, measure_latencies
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.memory import peak_memory_bytes
 from vdmini_core.evaluation.quality import compare, decoded_batches, generated_batches, judge
-from vdmini_core.models import SVD, load_denoiser
+from vdmini_core.models import Pipeline, load_denoiser
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import EvaluateSettings
 
@@ -27,7 +27,7 @@ ROWS = ("teacher", "pruned", "recovered")
 
 
 def evaluate_rows(
-    pipeline: SVD,
+    pipeline: Pipeline,
     students: dict[str, Path],
     data: LatentCache,
     evaluator: Evaluator,
@@ -42,8 +42,8 @@ def evaluate_rows(
     The reference is the first `settings.clips` test clips, the floor the next as many of them against
     the first, both as the VAE decodes them.
     """
-    device = pipeline.vae.device
-    folders = {"teacher": pipeline.folder / "unet", **students}
+    device = pipeline.device
+    folders = {"teacher": pipeline.folder / pipeline.denoiser_folder(), **students}
     denoisers = {"teacher": pipeline.denoiser, **{name: load_denoiser(path, device) for name, path in students.items()}}
     rows_of_one = data.rows([0])
     latents, condition = rows_of_one["latents"].to(device), condition_of(rows_of_one, device)
@@ -138,7 +138,7 @@ def _first_clips(count: int, write: Callable[[int, Tensor], None]) -> Callable[[
     return keep
 
 
-def _gallery(pipeline: SVD, data: LatentCache, count: int, folder: Path) -> tuple[dict[str, str], ...]:
+def _gallery(pipeline: Pipeline, data: LatentCache, count: int, folder: Path) -> tuple[dict[str, str], ...]:
     entries = []
     for index, (clips, labels) in enumerate(decoded_batches(pipeline, data, count, 1)):
         write_clip(folder, "real", index, clips[0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vdmini_core.artifacts import Latency
-from vdmini_core.models import Condition, SpatioTemporalUNet
+from vdmini_core.models import Condition, Denoiser
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,13 @@ class Costs:
     unit_flops: dict[str, int]
 
 
-def count_costs(denoiser: SpatioTemporalUNet, latents: Tensor, condition: Condition) -> Costs:
+def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Costs:
     """Parameters, and FLOPs of one call with these inputs (2 per multiply-add, attention included).
 
     Counted on the meta device, where attention is not fused away from the counter.
     """
     model = denoiser.model
-    with torch.device("meta"):
-        empty = type(model)(**{k: v for k, v in dict(model.config).items() if not k.startswith("_")})
-    # Some scalars of diffusers' blocks are made on the CPU whatever the context says.
-    twin = SpatioTemporalUNet(empty.to("meta"))
+    twin = denoiser.on_meta()
     meta = {key: value.to("meta") for key, value in condition.items()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(latents.to("meta"), torch.ones(len(latents), device="meta"), meta)
@@ -83,7 +80,7 @@ def _summary(values: list[float]) -> Latency:
 
 
 def measure_units(
-    denoiser: SpatioTemporalUNet, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
+    denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
 ) -> dict[str, float]:
     """Median milliseconds spent inside each unit during whole forward calls, one after the other."""
     device = next(denoiser.model.parameters()).device

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from vdmini_core.artifacts import Quality
 from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.evaluation.evaluator import Evaluator, accuracies
 from vdmini_core.evaluation.metrics.frechet import frechet_distance
-from vdmini_core.models import SVD, SpatioTemporalUNet
+from vdmini_core.models import Denoiser, Pipeline
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import SamplerSettings
 
@@ -56,17 +57,17 @@ def compare(generated: Judged, reference: Judged) -> Quality:
 
 
 def decoded_batches(
-    pipeline: SVD, data: LatentCache, count: int, batch_size: int, first: int = 0
+    pipeline: Pipeline, data: LatentCache, count: int, batch_size: int, first: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Real clips as the VAE shows them, so that real and generated differ by the denoiser alone."""
-    device = pipeline.vae.device
+    device = pipeline.device
     for rows in data.batches(count, batch_size, first):
         yield pipeline.decode(rows["latents"].to(device)), rows["labels"]
 
 
 def generated_batches(
-    pipeline: SVD,
-    denoiser: SpatioTemporalUNet,
+    pipeline: Pipeline,
+    denoiser: Denoiser,
     data: LatentCache,
     settings: SamplerSettings,
     track: Track = silent_track,
@@ -77,19 +78,20 @@ def generated_batches(
 
     `keep(clips)` receives every decoded batch.
     """
-    device = pipeline.vae.device
+    device = pipeline.device
     batches = list(range(0, settings.clips, settings.batch_size))
     rows_of = data.batches(settings.clips, settings.batch_size)
     for start, rows in zip(track(batches, description, len(batches)), rows_of, strict=True):
-        noise = noise_for(settings.seed, range(start, start + len(rows["latents"])), rows["latents"].shape[1:])
-        latents = pipeline.sample(denoiser, noise.to(device), condition_of(rows, device), settings.steps)
+        latents = rows["latents"]
+        noise = partial(noise_for, settings.seed, range(start, start + len(latents)), latents.shape[1:], device)
+        latents = pipeline.sample(denoiser, noise, condition_of(rows, device), settings.steps)
         clips = pipeline.decode(latents)
         if keep is not None:
             keep(clips)
         yield clips, rows["labels"]
 
 
-def noise_for(seed: int, clips: range, shape: torch.Size) -> Tensor:
-    """Standard normal noise [B, ...]; each clip's depends on (seed, its index) alone, not on the batch."""
-    generators = (torch.Generator().manual_seed(seed * 1_000_003 + clip) for clip in clips)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+def noise_for(seed: int, clips: range, shape: torch.Size, device: torch.device | str, draw: int = 0) -> Tensor:
+    """Standard normal noise [B, ...]; each clip's depends on (seed, its index, draw) alone, not on the batch."""
+    generators = (torch.Generator().manual_seed(seed * 1_000_003 + clip + draw * 1_000_000_007) for clip in clips)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)

@@ -1,4 +1,4 @@
-"""Architectures: one file each, one row in PIPELINES each; the only place that compares their names."""
+"""Architectures: one row in PIPELINES each; the only place that compares their names."""
 
 import json
 from collections.abc import Iterable
@@ -6,22 +6,31 @@ from pathlib import Path
 
 import torch
 
-from vdmini_core.models.graph import IllegalPlan, Unit
-from vdmini_core.models.loading import UnusableModel
-from vdmini_core.models.svd import SVD, Condition, SpatioTemporalUNet, load_unet
+from vdmini_core.models.graph import Condition, Denoiser, IllegalPlan, Unit
+from vdmini_core.models.loading import UnusableModel, class_name
+from vdmini_core.models.pipeline import ROLES, Noise, Pipeline
+from vdmini_core.models.svd import SVD
+from vdmini_core.models.transformer import TRANSFORMERS, TransformerDenoiser, load_transformer
+from vdmini_core.models.unet import UNET_CLASSES, UNetDenoiser, load_unet
 
-PIPELINES = {"StableVideoDiffusionPipeline": SVD}
+PIPELINES: dict[str, type[Pipeline]] = {"StableVideoDiffusionPipeline": SVD}
 
 __all__ = [
     "PIPELINES",
+    "ROLES",
     "SVD",
     "Condition",
+    "Denoiser",
     "IllegalPlan",
-    "SpatioTemporalUNet",
+    "Noise",
+    "Pipeline",
+    "TransformerDenoiser",
+    "UNetDenoiser",
     "Unit",
     "UnusableModel",
     "load_denoiser",
     "load_pipeline",
+    "pipeline_class",
     "pipeline_name",
 ]
 
@@ -40,11 +49,17 @@ def pipeline_name(folder: Path) -> str:
     return name
 
 
-def load_pipeline(folder: Path, parts: Iterable[str] = SVD.parts, device: torch.device | str = "cpu") -> SVD:
-    """Load the named parts of a diffusers pipeline folder."""
-    return PIPELINES[pipeline_name(folder)].load(folder, parts, device)
+def pipeline_class(folder: Path) -> type[Pipeline]:
+    """How the core uses the pipeline in this folder."""
+    return PIPELINES[pipeline_name(folder)]
 
 
-def load_denoiser(folder: Path, device: torch.device | str = "cpu") -> SpatioTemporalUNet:
+def load_pipeline(folder: Path, roles: Iterable[str] = ROLES, device: torch.device | str = "cpu") -> Pipeline:
+    """Load the named roles of a diffusers pipeline folder."""
+    return pipeline_class(folder).load(folder, roles, device)
+
+
+def load_denoiser(folder: Path, device: torch.device | str = "cpu") -> Denoiser:
     """Load a denoiser's own folder (config.json and safetensors), a teacher's or a student's."""
-    return load_unet(folder, device)
+    name = class_name(folder, (*UNET_CLASSES, *TRANSFORMERS))
+    return load_unet(folder, device) if name in UNET_CLASSES else load_transformer(folder, device)

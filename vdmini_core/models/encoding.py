@@ -1,4 +1,4 @@
-"""Fills the encode cache: clips through the teacher's VAE and image encoder, once."""
+"""Fills the encode cache: clips and what is said of them, through the teacher's VAE and encoders, once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from vdmini_core.artifacts import Clip, DataManifest, LatentManifest, Provenance, write_json
 from vdmini_core.data.latents import CONDITION, SHARD_CLIPS, write_shard
-from vdmini_core.data.ucf101 import choose
+from vdmini_core.data.ucf101 import caption_of, choose
 from vdmini_core.data.video import read_clip
-from vdmini_core.models import SVD
+from vdmini_core.models import Pipeline
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import EncodeSettings
 
@@ -25,7 +25,7 @@ def read_batch(clips: Sequence[Clip], data: DataManifest) -> tuple[Tensor, Tenso
 
 
 def encode_dataset(
-    pipeline: SVD,
+    pipeline: Pipeline,
     data: DataManifest,
     settings: EncodeSettings,
     folder: Path,
@@ -62,16 +62,10 @@ def encode_dataset(
 
 
 def _encode(
-    pipeline: SVD, clips: Sequence[Clip], data: DataManifest, settings: EncodeSettings, generator: torch.Generator
+    pipeline: Pipeline, clips: Sequence[Clip], data: DataManifest, settings: EncodeSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
     pixels, labels = read_batch(clips, data)
-    condition = pipeline.condition(
-        pixels[:, :, 0],
-        fps=settings.fps,
-        motion_bucket_id=settings.motion_bucket_id,
-        noise_augmentation=settings.noise_augmentation,
-        generator=generator,
-    )
+    condition = pipeline.condition(pixels[:, :, 0], [caption_of(clip) for clip in clips], settings, generator)
     return {
         "latents": pipeline.encode(pixels).cpu(),
         "labels": labels,

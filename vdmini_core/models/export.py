@@ -4,20 +4,23 @@ import json
 import shutil
 from pathlib import Path
 
+from vdmini_core.models import pipeline_class
 
-def export_pipeline(teacher: Path, unet: Path, target: Path) -> Path:
-    """Copy the teacher's pipeline folder with `unet` in place of its own; whole or absent.
+
+def export_pipeline(teacher: Path, denoiser: Path, target: Path) -> Path:
+    """Copy the teacher's pipeline folder with `denoiser` in place of its own; whole or absent.
 
     Where the student's class is not diffusers' own, model_index.json names the module it comes from,
     which diffusers imports.
     """
     draft = target.with_name(f".{target.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns("unet", "manifest.json", ".*"))
-    shutil.copytree(unet, draft / "unet")
+    part = pipeline_class(teacher).denoiser_folder()
+    shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns(part, "manifest.json", ".*"))
+    shutil.copytree(denoiser, draft / part)
     index = json.loads((draft / "model_index.json").read_text())
-    name = json.loads((unet / "config.json").read_text())["_class_name"]
-    index["unet"] = ["vdmini_core.models.svd" if name == "VDMiniUNet" else "diffusers", name]
+    name = json.loads((denoiser / "config.json").read_text())["_class_name"]
+    index[part] = ["vdmini_core.models.unet" if name.startswith("VDMini") else "diffusers", name]
     (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)

@@ -1,4 +1,4 @@
-"""One clip from one image, with the teacher or any student."""
+"""One clip from one image or caption, with the teacher or any student."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vdmini_core.models import SVD
+from vdmini_core.models import Pipeline
+from vdmini_core.settings import EncodeSettings
 
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -24,21 +25,14 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def generate_clip(
-    pipeline: SVD,
-    image: Tensor,
-    *,
-    frames: int,
-    steps: int,
-    seed: int,
-    fps: int,
-    motion_bucket_id: int,
-    noise_augmentation: float,
+    pipeline: Pipeline, image: Tensor, caption: str, *, frames: int, steps: int, seed: int, told: EncodeSettings
 ) -> Tensor:
-    """A clip [3, T, H, W] in [-1, 1] that begins with `image` [1, 3, H, W]."""
+    """A clip [3, T, H, W] in [-1, 1] of the size of `image` [1, 3, H, W].
+
+    An image-to-video model begins with the image, a text-to-video model follows the caption.
+    """
     generator = torch.Generator().manual_seed(seed)
-    condition = pipeline.condition(
-        image, fps=fps, motion_bucket_id=motion_bucket_id, noise_augmentation=noise_augmentation, generator=generator
-    )
-    channels, height, width = condition["image_latents"].shape[1:]
-    noise = torch.randn(1, channels, frames, height, width, generator=generator).to(pipeline.vae.device)
-    return pipeline.decode(pipeline.sample(pipeline.denoiser, noise, condition, steps))[0]
+    condition = pipeline.condition(image, [caption], told, generator)
+    shape = pipeline.latent_shape(frames, *image.shape[-2:])
+    draws = [torch.randn(1, *shape, generator=generator).to(pipeline.device) for _ in range(steps)]
+    return pipeline.decode(pipeline.sample(pipeline.denoiser, lambda index: draws[index], condition, steps))[0]

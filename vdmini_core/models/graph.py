@@ -1,7 +1,18 @@
-"""The block graph: the removable units of a video denoiser, named in the paper's vocabulary."""
+"""The block graph: a denoiser as removable units, named in the paper's vocabulary, whatever its class."""
 
-from collections.abc import Iterable
+import copy
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, Self
+
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+Condition = dict[str, Tensor]
+"""What a denoiser is told besides the noisy latents: named tensors with the clips in their first dimension."""
 
 
 class IllegalPlan(ValueError):
@@ -12,15 +23,132 @@ class IllegalPlan(ValueError):
 class Unit:
     """The smallest piece that can be bypassed.
 
-    `name` is `D.<stage>.<pair>`, `M` or `U.<stage>.<pair>` (R-A pairs: a ResBlock with its attention);
-    `block` is the name of the block it belongs to; `depth` counts stages from the outermost (0);
-    `modules` are the paths of its parts inside the network, the last one being the tapped output.
+    `name` is `D.<stage>.<pair>`, `M` or `U.<stage>.<pair>` in a U-Net (R-A pairs: a ResBlock with its
+    attention), `double.<i>`, `single.<i>` or `block.<i>` in a transformer; `block` is the name of the
+    block it belongs to, its own where there is no larger one; `depth` counts stages from the
+    outermost (0) in a U-Net, blocks from the input in a transformer; `modules` are the paths of its
+    parts inside the network, the last one being the tapped output.
     """
 
     name: str
     block: str
     depth: int
     modules: tuple[str, ...]
+
+
+class Denoiser(ABC):
+    """A denoising network and its block graph: units, bypass, removal, taps, and the network call.
+
+    Latents are [B, C, T, h, w] everywhere in the core; a subclass permutes at its own edge.
+    """
+
+    units: tuple[Unit, ...]
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @abstractmethod
+    def __call__(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The network's own answer for latents [B, C, T, h, w] as it wants them scaled, at `time` [B]."""
+
+    @abstractmethod
+    def check(self, names: Iterable[str]) -> None:
+        """Raise IllegalPlan unless the named units (or whole blocks) can be removed together."""
+
+    @abstractmethod
+    def identity_of(self, unit: Unit) -> Mapping[str, Callable[..., Any]]:
+        """What every module of the unit answers while it does nothing."""
+
+    @abstractmethod
+    def trimmed(self, model: nn.Module, removed: set[str]) -> tuple[type[Any], dict[str, Any]]:
+        """Delete the units from `model`, which shares our weights; the class and config that rebuild it."""
+
+    @abstractmethod
+    def surviving(self, names: Iterable[str]) -> dict[str, str]:
+        """Teacher unit -> student unit for every unit kept when `names` are removed."""
+
+    @abstractmethod
+    def encoder_stages(self) -> list[nn.Module]:
+        """The modules whose outputs feed the discriminator heads, in forward order."""
+
+    @abstractmethod
+    def encoder_widths(self) -> list[int]:
+        """Channels of the encoder stages' outputs."""
+
+    @abstractmethod
+    def stop_after_encoder(self) -> nn.Module:
+        """The module that runs right after the encoder."""
+
+    @abstractmethod
+    def as_video(self, feature: Tensor, latents: Tensor) -> Tensor:
+        """A tapped feature as [B, C, T, h, w], for the latents it was computed from."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Block names in forward order, such as D.0 ... M ... U.3."""
+        return tuple(dict.fromkeys(unit.block for unit in self.units))
+
+    def tap_modules(self) -> dict[str, nn.Module]:
+        """For every unit the module whose output is its feature."""
+        return {unit.name: self.model.get_submodule(unit.modules[-1]) for unit in self.units}
+
+    @contextmanager
+    def bypass(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the context the named units (or whole blocks) do nothing."""
+        with ExitStack() as stack:
+            for path, forward in self._silent(set(expand(names, self.units))).items():
+                stack.enter_context(answering(self.model.get_submodule(path), forward))
+            yield
+
+    def _silent(self, chosen: set[str]) -> dict[str, Callable[..., Any]]:
+        """Module path -> stand-in for its forward, for everything that falls silent with `chosen`."""
+        return {path: f for unit in self.units if unit.name in chosen for path, f in self.identity_of(unit).items()}
+
+    def without(self, names: Iterable[str]) -> Self:
+        """A new, smaller network with its own copy of the weights; raises IllegalPlan where none exists.
+
+        The new network's units are numbered anew; `surviving` gives the correspondence.
+        """
+        removed = set(expand(names, self.units))
+        self.check(removed)
+        ours = {id(tensor): tensor for tensor in itertools.chain(self.model.parameters(), self.model.buffers())}
+        skeleton = copy.deepcopy(self.model, memo=ours)
+        cls, config = self.trimmed(skeleton, removed)
+        return type(self)(rebuild(cls, config, {name: w.detach().clone() for name, w in skeleton.state_dict().items()}))
+
+    def on_meta(self) -> Self:
+        """The same graph without weights, for counting."""
+        return type(self)(empty(type(self.model), config_of(self.model)).to("meta").eval())
+
+    def removable_with(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The smallest legal removals that take this unit out: what has to go with it, () for nothing.
+
+        Looks at the unit alone, then with one other unit, then with all of its block, and of any other
+        block; empty where every one of these is illegal (it would need a projection).
+        """
+        unit = next(u for u in self.units if u.name == name)
+        others = [u.name for u in self.units if u.name != name]
+        tried: list[Iterable[tuple[str, ...]]] = [
+            [()],
+            ((other,) for other in others),
+            self._stage_removals(unit),
+        ]
+        for candidates in tried:
+            legal = [extra for extra in candidates if self._is_legal({name, *extra})]
+            if legal:
+                return tuple(legal)
+        return ()
+
+    def _stage_removals(self, unit: Unit) -> list[tuple[str, ...]]:
+        """Larger removals that contain the unit and may be legal; a graph with stages knows them."""
+        return []
+
+    def _is_legal(self, names: Iterable[str]) -> bool:
+        try:
+            self.check(names)
+        except IllegalPlan:
+            return False
+        return True
 
 
 def expand(names: Iterable[str], units: Iterable[Unit]) -> tuple[str, ...]:
@@ -31,3 +159,45 @@ def expand(names: Iterable[str], units: Iterable[Unit]) -> tuple[str, ...]:
     if unknown := sorted(wanted - known):
         raise IllegalPlan(f"there is no unit {', '.join(unknown)}; the units are {', '.join(sorted(known))}")
     return tuple(unit.name for unit in units if unit.name in wanted or unit.block in wanted)
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """A model's constructor arguments, without diffusers' own notes."""
+    return {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+
+
+def empty(cls: type[Any], config: Mapping[str, Any]) -> Any:
+    """The model of this class and config with parameters on the meta device."""
+    with init_empty_weights():
+        return cls.from_config(dict(config))
+
+
+def rebuild(cls: type[Any], config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    """The model of this class and config with exactly these weights, where they are, frozen, in eval mode.
+
+    A key that is missing or too many, or a shape that differs, is an error: class and surgery disagree.
+    """
+    model = empty(cls, config)
+    model.load_state_dict(weights, assign=True)
+    model.to(next(iter(weights.values())).device)  # position tables are no weights, and were made on the CPU
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context `module(...)` answers `forward(...)`."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def first_argument(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stands in for a module that passes its input on."""
+    return hidden_states
+
+
+def first_argument_in_tuple(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+    """The same, where the caller unpacks `[0]`."""
+    return (hidden_states,)

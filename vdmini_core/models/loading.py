@@ -1,6 +1,7 @@
 """Loads the parts of a diffusers pipeline folder, and refuses anything less than whole weights."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def load_component(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, *
     return model.eval().requires_grad_(False)
 
 
+def class_name(folder: Path, known: Iterable[str]) -> str:
+    """The class that a model folder's config.json names; UnusableModel where it is none of `known`."""
+    check_weights(folder)
+    path = folder / "config.json"
+    try:
+        name = str(json.loads(path.read_text())["_class_name"])
+    except (ValueError, KeyError) as error:
+        raise UnusableModel(f"{path} is no config of a diffusers model ({error!r}); copy the whole folder") from None
+    if name not in (known := tuple(known)):
+        raise UnusableModel(f"{path} names the class {name!r}; expected one of {', '.join(known)}")
+    return name
+
+
 def check_weights(folder: Path) -> None:
     """Raise unless the folder has a config and readable, untruncated safetensors weights."""
     if not folder.is_dir():
@@ -48,7 +62,10 @@ def check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        shards = set(json.loads(indexes[0].read_text())["weight_map"].values())
+        try:
+            shards = set(json.loads(indexes[0].read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise UnusableModel(f"{indexes[0]} is damaged ({error!r}); download it again") from None
         if lost := sorted(shards - {path.name for path in files}):
             raise UnusableModel(f"{folder} lacks {', '.join(lost)}, which {indexes[0].name} names; download it again")
     if not files:

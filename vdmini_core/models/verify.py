@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vdmini_core.artifacts import TeacherManifest, file_digest, json_digest, read_json
-from vdmini_core.models import SVD, load_pipeline, pipeline_name
+from vdmini_core.models import pipeline_class, pipeline_name
 from vdmini_core.models.loading import UnusableModel, check_weights
 from vdmini_core.models.sources import resolve_source
 
@@ -11,19 +11,20 @@ from vdmini_core.models.sources import resolve_source
 def verify_teacher(source: str, revision: str | None) -> TeacherManifest:
     """Load every part, refusing missing files, damaged weights and keys that do not fit."""
     folder = resolve_source(source, revision)
-    name = pipeline_name(folder)
-    for part in SVD.parts:
+    cls = pipeline_class(folder)
+    parts = [name for names in cls.folders.values() for name in names]
+    for part in parts:
         check_weights(folder / part)
-    for part in ("scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json"):
-        if not (folder / part).is_file():
-            raise UnusableModel(f"{folder / part} is missing; copy the whole pipeline folder")
-    pipeline = load_pipeline(folder)
-    files = sorted(p for part in SVD.parts for p in (folder / part).glob("*.safetensors"))
+    for file in cls.files:
+        if not (folder / file).is_file():
+            raise UnusableModel(f"{folder / file} is missing; copy the whole pipeline folder")
+    pipeline = cls.load(folder)
+    files = sorted(path for part in parts for path in (folder / part).glob("*.safetensors"))
     digests = {str(path.relative_to(folder)): file_digest(path) for path in files}
     return TeacherManifest(
         source=source,
         revision=revision,
-        pipeline=name,
+        pipeline=pipeline_name(folder),
         parameters=pipeline.parameter_counts(),
         digests=digests,
         digest=json_digest(digests),

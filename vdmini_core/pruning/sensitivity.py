@@ -11,7 +11,7 @@ from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.evaluation.costs import count_costs, measure_units
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.quality import Judged, compare, decoded_batches, generated_batches, judge
-from vdmini_core.models import SVD
+from vdmini_core.models import Pipeline
 from vdmini_core.models.graph import expand
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import SensitivitySettings
@@ -22,7 +22,7 @@ HARMFUL_DROP = 0.1
 
 
 def measure_sensitivity(
-    pipeline: SVD,
+    pipeline: Pipeline,
     data: LatentCache,
     evaluator: Evaluator,
     settings: SensitivitySettings,
@@ -33,8 +33,8 @@ def measure_sensitivity(
     """Score every block and pair of the pipeline's denoiser on the same conditions and noise."""
     denoiser = pipeline.denoiser
     first = next(data.batches(1, 1))
-    condition = condition_of(first, pipeline.vae.device)
-    latents = first["latents"].to(pipeline.vae.device)
+    condition = condition_of(first, pipeline.device)
+    latents = first["latents"].to(pipeline.device)
     costs = count_costs(denoiser, latents, condition)
     latency = measure_units(denoiser, latents, condition, runs=settings.latency_runs)
 
@@ -78,8 +78,8 @@ def measure_sensitivity(
 def teacher_gates(baseline: Quality, scores: Sequence[UnitScore]) -> dict[str, bool]:
     """Whether the teacher is fit for conclusions about blocks; empty where clips carry no labels.
 
-    Accuracies of at least 0.9, and a drop of at least 0.1 in content or motion accuracy without D.2
-    and without U.1.
+    Accuracies of at least 0.9, and a drop of at least 0.1 in content or motion accuracy without D.2 or
+    without U.1: somewhere deep there must be something to lose.
     """
     if baseline.content_accuracy is None or baseline.motion_accuracy is None:
         return {}
@@ -87,13 +87,15 @@ def teacher_gates(baseline: Quality, scores: Sequence[UnitScore]) -> dict[str, b
         f"content accuracy >= {GATE_ACCURACY}": baseline.content_accuracy >= GATE_ACCURACY,
         f"motion accuracy >= {GATE_ACCURACY}": baseline.motion_accuracy >= GATE_ACCURACY,
     }
+    drops = []
     for score in scores:
         if score.name in GATE_BLOCKS:
             content, motion = score.quality.content_accuracy, score.quality.motion_accuracy
             assert content is not None
             assert motion is not None
-            drop = max(baseline.content_accuracy - content, baseline.motion_accuracy - motion)
-            gates[f"bypassing {score.name} costs >= {HARMFUL_DROP} accuracy"] = drop >= HARMFUL_DROP
+            drops += [baseline.content_accuracy - content, baseline.motion_accuracy - motion]
+    if drops:
+        gates[f"bypassing {' or '.join(GATE_BLOCKS)} costs >= {HARMFUL_DROP} accuracy"] = max(drops) >= HARMFUL_DROP
     return gates
 
 

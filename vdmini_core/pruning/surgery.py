@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from vdmini_core.artifacts import Plan, TeacherManifest
-from vdmini_core.models import IllegalPlan, SpatioTemporalUNet, load_denoiser
+from vdmini_core.models import Denoiser, IllegalPlan, load_denoiser
 
 
-def check_plan(denoiser: SpatioTemporalUNet, teacher: TeacherManifest, plan: Plan) -> None:
+def check_plan(denoiser: Denoiser, teacher: TeacherManifest, plan: Plan) -> None:
     """Raise IllegalPlan unless the plan was made for this teacher and accounts for every unit once."""
     if plan.teacher_digest != teacher.digest:
         raise IllegalPlan("the plan was made for another teacher (its digest differs); run stage plan again")
@@ -22,17 +22,15 @@ def check_plan(denoiser: SpatioTemporalUNet, teacher: TeacherManifest, plan: Pla
         )
 
 
-def prune(
-    denoiser: SpatioTemporalUNet, teacher: TeacherManifest, plan: Plan, folder: Path, dtype: torch.dtype
-) -> SpatioTemporalUNet:
-    """Build the student, save it as `folder/unet` and return it as reloaded from there."""
+def prune(denoiser: Denoiser, teacher: TeacherManifest, plan: Plan, folder: Path, dtype: torch.dtype) -> Denoiser:
+    """Build the student, save it as `folder/denoiser` and return it as reloaded from there."""
     check_plan(denoiser, teacher, plan)
     student = denoiser.without(plan.removed)
-    save_denoiser(student, folder / "unet", dtype)
-    return load_denoiser(folder / "unet")
+    save_denoiser(student, folder / "denoiser", dtype)
+    return load_denoiser(folder / "denoiser")
 
 
-def save_denoiser(denoiser: SpatioTemporalUNet, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save the network so that it is there whole or not at all; the network itself stays as it is."""
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)

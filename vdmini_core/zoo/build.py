@@ -5,25 +5,24 @@ resumes from its checkpoints.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor
 
 from vdmini_core.artifacts import file_digest, json_digest, write_json
 from vdmini_core.evaluation.evaluator import accuracies, load_evaluator, save_evaluator
+from vdmini_core.models import SVD
 from vdmini_core.models.loading import load_component
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
 from vdmini_core.zoo.clips import ClipSet, render_set, to_model_range
 from vdmini_core.zoo.evaluator import CORRUPTIONS, compress, corrupt, reconstruct, train_evaluator
 from vdmini_core.zoo.image_encoder import train_image_encoder
-from vdmini_core.zoo.teacher import LatentSet, encode_set, foreground_weights, train_teacher
+from vdmini_core.zoo.teacher import LatentSet, encode_set, train_teacher
 from vdmini_core.zoo.vae import train_vae
 
 TEACHER = "i2v-shapes"
@@ -35,18 +34,23 @@ EVALUATOR_SEEDS = (5, 6, 7)
 SETTINGS = {
     "vae": LoopSettings(max_steps=1300, batch_size=4, warmup_steps=50, log_every=50, ema_decay=0.99),
     "image_encoder": LoopSettings(
-        max_steps=700, batch_size=64, warmup_steps=50, log_every=50, ema_decay=0.99, weight_decay=0.01, precision="fp32"
+        max_steps=4000,
+        batch_size=48,
+        warmup_steps=50,
+        decay_fraction=0.5,
+        log_every=100,
+        ema_decay=0.99,
+        weight_decay=0.01,
+        precision="fp32",
     ),
     "evaluator": LoopSettings(max_steps=700, batch_size=24, warmup_steps=50, log_every=100, ema_decay=0.99),
-    "teacher": LoopSettings(max_steps=5000, batch_size=4, warmup_steps=100, checkpoint_every=500, ema_decay=0.998),
-    # A second run from the first one's average: the shape weighs more, and no skip is dropped.
-    "teacher_refined": LoopSettings(
-        seed=1, max_steps=2400, batch_size=4, warmup_steps=50, decay_fraction=0.9, checkpoint_every=250, ema_decay=0.998
-    ),
+    # The attention of the two outer stages opens late, when the deep ones have learned to carry the motion.
+    "teacher_closed": LoopSettings(max_steps=4000, batch_size=4, decay_fraction=0.2, ema_decay=0.998),
+    "teacher_opened": LoopSettings(seed=1, max_steps=3000, batch_size=4, decay_fraction=0.7, ema_decay=0.998),
 }
 
-# Learning rate, and the probabilities of dropping the skips into U.3, and into U.3 and U.2.
-TEACHER_RUNS = {"teacher": (1e-3, 0.2, 0.3), "teacher_refined": (6e-4, 0.0, 0.0)}
+# Learning rate, and how many of the outermost stages have their attention closed.
+TEACHER_RUNS = {"teacher_closed": (1e-3, 2), "teacher_opened": (8e-4, 0)}
 FOREGROUND_WEIGHT = 5.0
 
 
@@ -67,35 +71,32 @@ def build_zoo(
     vae = load_component(AutoencoderKLTemporalDecoder, teacher / "vae").to(device)
     if not (teacher / "image_encoder").is_dir():
         say("training the image encoder")
-        clips = render_set(8640, ENCODER_SEED, frames=1, size=SIZE)
+        clips = render_set(17280, ENCODER_SEED, frames=1, size=SIZE)
         encoder = train_image_encoder(clips, SETTINGS["image_encoder"], device, log, track)
         encoder.half().save_pretrained(teacher / "image_encoder")
-    image_encoder = load_component(CLIPVisionModelWithProjection, teacher / "image_encoder").to(device)
     if not (target / "evaluator").is_dir():
         say("training the evaluator")
         build_evaluator(target / "evaluator", vae, device, log, track)
+    write_fixed_parts(teacher)
     if not (teacher / "unet").is_dir():
         say("training the teacher")
-        data = _teacher_data(scratch, vae, image_encoder, track)
+        data = _teacher_data(scratch, SVD.load(teacher, ("vae", "conditioner"), device), track)
         unet = None
-        for name, (learning_rate, drop_outer, drop_both) in TEACHER_RUNS.items():
-            settings = SETTINGS[name]
+        for name, (learning_rate, closed_stages) in TEACHER_RUNS.items():
             unet = train_teacher(
-                data if name == "teacher" else replace(data, weights=_weights()),
-                settings,
+                data,
+                SETTINGS[name],
                 device,
                 start=unet,
                 learning_rate=learning_rate,
-                drop_outer=drop_outer,
-                drop_both=drop_both,
+                closed_stages=closed_stages,
                 checkpoints=scratch / name,
-                fingerprint=json_digest(settings),
+                fingerprint=json_digest(SETTINGS[name]),
                 log=log,
                 track=track,
             )
         assert unet is not None
         unet.half().save_pretrained(teacher / "unet")
-    write_fixed_parts(teacher)
 
 
 def write_fixed_parts(teacher: Path) -> None:
@@ -160,23 +161,17 @@ def _accuracy(evaluator: torch.nn.Module, clips: ClipSet, corruption: str) -> di
     return {"content_accuracy": round(content, 4), "motion_accuracy": round(motion, 4)}
 
 
-def _teacher_data(
-    scratch: Path, vae: AutoencoderKLTemporalDecoder, image_encoder: CLIPVisionModelWithProjection, track: Track
-) -> LatentSet:
+def _teacher_data(scratch: Path, pipeline: SVD, track: Track) -> LatentSet:
     """The encoded training clips, kept in the scratch folder between sessions."""
     file = scratch / "latents.safetensors"
     if not file.is_file():
         clips = render_set(6480, TEACHER_SEED, frames=FRAMES, size=SIZE)
-        data = encode_set(clips, vae, image_encoder, TEACHER_SEED, track)
+        data = encode_set(clips, pipeline, TEACHER_SEED, FOREGROUND_WEIGHT, track)
         scratch.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".partial")
-        save_file({name: getattr(data, name).clone() for name in ("latents", "image_latents", "embeddings")}, draft)
+        save_file(vars(data), draft)
         draft.rename(file)
     return LatentSet(**load_file(file))
-
-
-def _weights() -> Tensor:
-    return foreground_weights(render_set(6480, TEACHER_SEED, frames=FRAMES, size=SIZE), SIZE // 4, FOREGROUND_WEIGHT)
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:

@@ -1,35 +1,33 @@
 """Trains the zoo's teacher, a small `UNetSpatioTemporalConditionModel` with SVD's own recipe."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
-    _resize_with_antialiasing,
-)
-from torch import Tensor
+from diffusers import UNetSpatioTemporalConditionModel
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from vdmini_core.diffusion import edm
+from vdmini_core.diffusion.process import VPrediction
+from vdmini_core.models.svd import SVD, added_time_ids
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
-from vdmini_core.settings import LoopSettings
+from vdmini_core.settings import EncodeSettings, LoopSettings
 from vdmini_core.training.loop import Player, State, train
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
-# What the stock pipeline passes by default: fps 7 (told as 6), motion bucket, noise augmentation.
-ADDED_TIME_IDS = (6.0, 127.0, 0.02)
-NOISE_AUGMENTATION = 0.02
+# What the model is told is what the encode stage tells it by default.
+TOLD = EncodeSettings()
 SIGMA_MEAN, SIGMA_STD = 0.0, 1.4
 
 
 def new_unet() -> UNetSpatioTemporalConditionModel:
-    """Four stages in SVD's layout; 16 x 16 latents, so grids of 16, 8, 4 and 2."""
-    return UNetSpatioTemporalConditionModel(
+    """Four stages in SVD's layout; 16 x 16 latents, so grids of 16, 8, 4 and 2.
+
+    Every attention starts as the identity, so that one opened late changes nothing at first.
+    """
+    unet = UNetSpatioTemporalConditionModel(
         sample_size=16,
         in_channels=8,
         out_channels=4,
@@ -40,50 +38,45 @@ def new_unet() -> UNetSpatioTemporalConditionModel:
         projection_class_embeddings_input_dim=96,
         num_frames=8,
     )
+    for name, module in unet.named_modules():
+        if name.endswith("proj_out") and "attentions" in name:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return unet
 
 
 @dataclass(frozen=True)
 class LatentSet:
     """Encoded clips: latents [N, C, T, h, w] (scaled), image latents [N, C, h, w], embeddings [N, 1, D].
 
-    `weights` [N, 1, T, h, w] scales the loss place by place; None weighs all alike.
+    `weights` [N, 1, T, h, w] scales the loss place by place.
     """
 
     latents: Tensor
     image_latents: Tensor
     embeddings: Tensor
-    weights: Tensor | None = None
+    weights: Tensor
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
-@torch.no_grad()
 def encode_set(
-    clips: ClipSet,
-    vae: AutoencoderKLTemporalDecoder,
-    image_encoder: CLIPVisionModelWithProjection,
-    seed: int,
-    track: Track = silent_track,
+    clips: ClipSet, pipeline: SVD, seed: int, foreground_weight: float, track: Track = silent_track
 ) -> LatentSet:
     """Encode clips and their noise-augmented first frames, as the pipeline encodes its image."""
-    processor = CLIPImageProcessor()
     generator = torch.Generator().manual_seed(seed)
-    latents, image_latents, embeddings = [], [], []
+    parts: dict[str, list[Tensor]] = {"latents": [], "image_latents": [], "embeddings": []}
     chunks = clips.pixels.split(32)
     for chunk in track(chunks, "encode", len(chunks)):
-        x = to_model_range(chunk).transpose(1, 2)
-        frames = x.flatten(0, 1).to(vae.device)
-        z = vae.encode(frames).latent_dist.mode() * vae.config.scaling_factor
-        latents.append(z.unflatten(0, x.shape[:2]).transpose(1, 2).cpu())
-        first = x[:, 0]
-        noisy = first + NOISE_AUGMENTATION * torch.randn(first.shape, generator=generator)
-        image_latents.append(vae.encode(noisy.to(vae.device)).latent_dist.mode().cpu())
-        image = (_resize_with_antialiasing(first, (224, 224)) + 1) / 2
-        options: dict[str, Any] = {"do_center_crop": False, "do_resize": False, "do_rescale": False}
-        image = processor(images=image, return_tensors="pt", do_normalize=True, **options).pixel_values
-        embeddings.append(image_encoder(image.to(image_encoder.device)).image_embeds[:, None].cpu())
-    return LatentSet(*(torch.cat(parts).contiguous() for parts in (latents, image_latents, embeddings)))
+        pixels = to_model_range(chunk)
+        told = pipeline.condition(pixels[:, :, 0], (), TOLD, generator)
+        parts["latents"].append(pipeline.encode(pixels).cpu())
+        parts["image_latents"].append(told["image_latents"].cpu())
+        parts["embeddings"].append(told["image_embedding"].cpu())
+    tensors = {name: torch.cat(chunks).contiguous() for name, chunks in parts.items()}
+    weights = foreground_weights(clips, tensors["latents"].shape[-1], foreground_weight)
+    return LatentSet(**tensors, weights=weights)
 
 
 def foreground_weights(clips: ClipSet, latent_size: int, weight: float) -> Tensor:
@@ -104,28 +97,21 @@ def foreground_weights(clips: ClipSet, latent_size: int, weight: float) -> Tenso
 
 
 @contextmanager
-def dropped_skips(unet: UNetSpatioTemporalConditionModel, keep: dict[int, Tensor]) -> Iterator[None]:
-    """Within the context, multiply the skips that up block i receives by keep[i], one number a sample.
+def closed_attention(unet: UNetSpatioTemporalConditionModel, stages: int) -> Iterator[None]:
+    """Within the context the attention of the outermost `stages` down and up blocks is the identity.
 
     Without it the outermost stage of so small a model learns the task alone and every deeper block
     stays inert, which would make a teacher unfit for studying blocks.
     """
-
-    def pre_hook(index: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-        def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            skips = kwargs["res_hidden_states_tuple"]
-            factor = keep[index].repeat_interleave(len(skips[0]) // len(keep[index]))[:, None, None, None]
-            kwargs["res_hidden_states_tuple"] = tuple(skip * factor for skip in skips)
-            return args, kwargs
-
-        return hook
-
-    handles = [unet.up_blocks[index].register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index in keep]
+    blocks = [*unet.down_blocks[:stages], *unet.up_blocks[len(unet.up_blocks) - stages :]]
+    attentions = [attention for block in blocks for attention in getattr(block, "attentions", ())]
+    for attention in attentions:
+        attention.forward = lambda hidden_states, *_, **__: (hidden_states,)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for attention in attentions:
+            del attention.forward
 
 
 def train_teacher(
@@ -135,8 +121,7 @@ def train_teacher(
     *,
     start: UNetSpatioTemporalConditionModel | None = None,
     learning_rate: float = 1e-3,
-    drop_outer: float = 0.2,
-    drop_both: float = 0.3,
+    closed_stages: int = 0,
     checkpoints: Path | None = None,
     fingerprint: str = "",
     log: Log = silent_log,
@@ -144,14 +129,12 @@ def train_teacher(
 ) -> UNetSpatioTemporalConditionModel:
     """EDM v-prediction (weighted so that the loss is plain MSE on v); returns the averaged weights.
 
-    Continues from `start` where given. Samples with sigma > 0.7 lose the skips into U.3 with
-    probability `drop_outer`, those into U.3 and U.2 with probability `drop_both`: there the skips hold
-    mostly noise, and the deep blocks have to carry scene and motion. Dropping ends with the last fifth
-    of the steps.
+    Continues from `start` where given; the attention of the outermost `closed_stages` stays shut.
     """
     torch.manual_seed(settings.seed)
     unet = (start or new_unet()).to(device).requires_grad_(True).train()
-    ids = torch.tensor([ADDED_TIME_IDS], device=device)
+    ids = added_time_ids(TOLD).to(device)
+    process = VPrediction()
 
     def batch_of(step: int) -> State:
         per_epoch = len(data) // settings.batch_size
@@ -164,51 +147,38 @@ def train_teacher(
     def prepare(batch: State, generator: torch.Generator, step: int) -> State:
         chosen = batch["chosen"]
         x0 = data.latents[chosen]
-        sigma = edm.draw_sigma(len(chosen), SIGMA_MEAN, SIGMA_STD, generator)
-        noisy = x0 + edm.like(sigma, x0) * torch.randn(x0.shape, generator=generator)
-        dice = torch.rand(len(chosen), generator=generator)
-        dice = torch.where(sigma > 0.7, dice, torch.ones(()))
-        if step >= 0.8 * settings.max_steps:
-            dice = torch.ones_like(dice)
+        sigma = process.draw(len(chosen), SIGMA_MEAN, SIGMA_STD, generator)
+        noise = torch.randn(x0.shape, generator=generator)
         return {
-            "x0": x0.to(device),
-            "noisy": noisy.to(device),
-            "sigma": sigma.to(device),
+            "target": process.target(x0, noise, sigma).to(device),
+            "noisy": process.noised(x0, noise, sigma).to(device),
+            "time": process.time(sigma).to(device),
             "image": data.image_latents[chosen].to(device),
             "embedding": data.embeddings[chosen].to(device),
-            "weights": torch.ones(()) if data.weights is None else data.weights[chosen].to(device),
-            "keep": {
-                3: (dice >= drop_outer + drop_both).float().to(device),
-                2: (dice >= drop_both).float().to(device),
-            },
+            "weights": data.weights[chosen].to(device),
         }
 
     def loss(state: State) -> dict[str, Tensor]:
-        noisy, sigma = state["noisy"], state["sigma"]
+        noisy = state["noisy"]
         image = state["image"][:, :, None].expand(-1, -1, noisy.shape[2], -1, -1)
-        sample = torch.cat([noisy * edm.c_in(edm.like(sigma, noisy)), image], 1).transpose(1, 2)
-        with dropped_skips(unet, state["keep"]):
-            output = unet(sample, edm.c_noise(sigma), state["embedding"], ids.expand(len(noisy), -1)).sample.transpose(
-                1, 2
-            )
-        target = edm.velocity(state["x0"], noisy, sigma)
-        error = ((output.float() - target).square() * state["weights"]).mean((1, 2, 3, 4))
-        whole = state["keep"][3] > 0
-        intact = error[whole].mean() if bool(whole.any()) else error.mean()
-        return {"total": error.mean(), "v_loss_intact": intact.detach()}
+        sample = torch.cat([noisy, image], 1).transpose(1, 2)
+        output = unet(sample, state["time"], state["embedding"], ids.expand(len(noisy), -1)).sample
+        error = (output.transpose(1, 2).float() - state["target"]).square()
+        return {"total": (error * state["weights"]).mean(), "v_loss": error.mean().detach()}
 
     player = Player("teacher", unet, loss, learning_rate)
-    train(
-        [player],
-        batch_of,
-        prepare,
-        settings,
-        device=device,
-        checkpoints=checkpoints,
-        fingerprint=fingerprint,
-        log=log,
-        track=track,
-    )
+    with closed_attention(unet, closed_stages):
+        train(
+            [player],
+            batch_of,
+            prepare,
+            settings,
+            device=device,
+            checkpoints=checkpoints,
+            fingerprint=fingerprint,
+            log=log,
+            track=track,
+        )
     assert player.ema is not None
     player.ema.copy_to(unet)
     return unet.eval().requires_grad_(False)

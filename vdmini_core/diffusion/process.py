@@ -1,0 +1,153 @@
+"""The noise algebra of every teacher behind one interface: v (EDM), epsilon (DDPM, LCM), flow matching.
+
+The level of noise is always the noise-to-signal ratio sigma, [B]. A network sees x = a x0 + b noise,
+with x0 the clean latents, noise standard normal and b / a = sigma:
+
+| process | a | b | time | answer |
+|---|---|---|---|---|
+| v (EDM, SVD) | 1 / sqrt(1 + sigma^2) | a sigma | ln(sigma) / 4 | a noise - b x0 |
+| epsilon (DDPM, LCM) | 1 / sqrt(1 + sigma^2) | a sigma | the training step whose sigma this is | noise |
+| flow matching | 1 / (1 + sigma) | 1 - a | 1000 b | noise - x0 |
+
+EDM: Karras et al., arXiv 2206.00364; SVD: arXiv 2311.15127, appendix D; LCM: arXiv 2310.04378; flow
+matching in this form: arXiv 2403.03206.
+
+Training levels are log-normal: EDM's choice, and for flow matching the logit-normal t of Stable Diffusion 3
+with the same mean and deviation, because logit(t) = ln(sigma).
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""F(x [B, ...], time [B]) -> answer [B, ...]."""
+
+
+def like(sigma: Tensor, x: Tensor) -> Tensor:
+    """sigma [B] with trailing ones, to multiply x [B, ...]."""
+    return sigma.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+class Process(ABC):
+    """How latents are noised for a network, what it is told and what its answer means; sigma is [B]."""
+
+    def draw(self, batch: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
+        """Training levels: ln(sigma) is normal with this mean and deviation."""
+        return (mean + std * torch.randn(batch, generator=generator)).exp()
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What the network sees: a x0 + b noise."""
+        a, b = self.shares(like(sigma, x0))
+        return a * x0 + b * noise
+
+    @abstractmethod
+    def shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b, the shares of signal and noise; finite for an infinite sigma."""
+
+    @abstractmethod
+    def time(self, sigma: Tensor) -> Tensor:
+        """What the network is told of the level."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should answer."""
+
+    @abstractmethod
+    def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 and noise that an answer to x means."""
+
+    def clean(self, answer: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The x0 that an answer to x means."""
+        return self.parts(answer, x, sigma)[0]
+
+    def sample(self, network: Network, start: Tensor, sigmas: Tensor) -> Tensor:
+        """Euler steps of the probability-flow ODE over falling `sigmas` [steps + 1], from x = `start`.
+
+        Every step goes to a' x0 + b' noise, which is `EulerDiscreteScheduler` for v, DDIM for epsilon and
+        `FlowMatchEulerDiscreteScheduler` for flow matching.
+        """
+        return self._sample(network, start, sigmas, lambda index, found: found)
+
+    def sample_consistency(
+        self, network: Network, start: Tensor, sigmas: Tensor, fresh: Callable[[int], Tensor]
+    ) -> Tensor:
+        """Jump to x0 and re-noise with `fresh(1)`, `fresh(2)` ..., level by level (LCM)."""
+        return self._sample(network, start, sigmas, lambda index, found: fresh(index).to(found))
+
+    def _sample(
+        self, network: Network, start: Tensor, sigmas: Tensor, next_noise: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        x = start
+        for index, (sigma, following) in enumerate(itertools.pairwise(sigmas.to(x)), 1):
+            level = sigma.expand(len(x))
+            x0, found = self.parts(network(x, self.time(level)), x, level)
+            x = self.noised(x0, next_noise(index, found), following.expand(len(x))) if following > 0 else x0
+        return x
+
+
+class VPrediction(Process):
+    """EDM's log-normal levels with the v-prediction of SVD, where sigma_data = 1."""
+
+    def shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        a = (sigma**2 + 1) ** -0.5
+        return a, a * sigma
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return 0.25 * sigma.log()
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        a, b = self.shares(like(sigma, x0))
+        return a * noise - b * x0
+
+    def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.shares(like(sigma, x))
+        return a * x - b * answer, b * x + a * answer
+
+
+class EpsilonPrediction(Process):
+    """A discrete variance-preserving process; `alphas_cumprod` [N] are its training steps' squared signal shares."""
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+    def draw(self, batch: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
+        """Log-normal, rounded to the nearest training step."""
+        return self.sigmas[self.time(super().draw(batch, mean, std, generator))]
+
+    def shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        a = (sigma**2 + 1) ** -0.5
+        return a, a * sigma
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The training step with the nearest ln(sigma), an integer."""
+        steps = self.sigmas.to(sigma.device).log()
+        return (steps[None] - sigma[:, None].log()).abs().argmin(1)
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return noise
+
+    def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.shares(like(sigma, x))
+        return (x - b * answer) / a, answer
+
+
+class FlowMatching(Process):
+    """Rectified flow: a straight line from clean latents to noise, whose velocity the network answers."""
+
+    def shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        a = 1 / (1 + sigma)
+        return a, 1 - a
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return 1000 * self.shares(sigma)[1]
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return noise - x0
+
+    def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.shares(like(sigma, x))
+        return x - b * answer, x + a * answer

@@ -1,0 +1,421 @@
+"""Video U-Nets as block graphs: SVD's, ModelScope's (VideoCrafter2, T2V-Turbo) and AnimateDiff's.
+
+All three have down blocks, a mid block and up blocks; an R-A pair is a ResBlock with what follows it
+(attention, temporal convolution, motion module). A row of UNETS says how a class calls these parts.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    ModelMixin,  # noqa: F401 (a pipeline that names this module for its U-Net looks its base class up here)
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from torch import Tensor, nn
+
+from vdmini_core.models.graph import (
+    Condition,
+    Denoiser,
+    IllegalPlan,
+    Unit,
+    config_of,
+    empty,
+    expand,
+    first_argument,
+    first_argument_in_tuple,
+)
+from vdmini_core.models.loading import class_name, load_component
+
+
+@dataclass(frozen=True)
+class UNetRow:
+    """How one diffusers class names and calls the parts of an R-A pair.
+
+    `parts` in forward order; the caller of `unpacked` parts takes `[0]` of their answer; `mid_tail` is the
+    part that a mid block ends with.
+    """
+
+    stock: type[Any]
+    parts: tuple[str, ...]
+    unpacked: frozenset[str]
+    mid_tail: str
+    call: Callable[[Any, Tensor, Tensor, Condition], Tensor]
+
+
+class UNetDenoiser(Denoiser):
+    """A video U-Net: units D.<stage>.<pair>, M, U.<stage>.<pair>."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.row = next(row for row in UNETS if isinstance(model, row.stock))
+        self.stages = len(model.down_blocks)
+        self.units = tuple(self._list_units())
+        self._by_block: dict[str, list[Unit]] = {}
+        for unit in self.units:
+            self._by_block.setdefault(unit.block, []).append(unit)
+
+    def __call__(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Latents [B, C, T, h, w] as the network wants them scaled -> its answer, of the same shape."""
+        return self.row.call(self.model, latents, time, condition)
+
+    def _list_units(self) -> Iterator[Unit]:
+        def pairs(block: Any, name: str, depth: int, path: str) -> Iterator[Unit]:
+            for index in range(len(block.resnets)):
+                parts = [part for part in self.row.parts if len(getattr(block, part, ())) > index]
+                yield Unit(f"{name}.{index}", name, depth, tuple(f"{path}.{part}.{index}" for part in parts))
+
+        for stage, block in enumerate(self.model.down_blocks):
+            yield from pairs(block, f"D.{stage}", stage, f"down_blocks.{stage}")
+        mid = self.model.mid_block
+        if not isinstance(mid, NoMid):
+            paths = [f"mid_block.{p}.{i}" for p in self.row.parts for i in range(len(getattr(mid, p, ())))]
+            last = f"mid_block.{self.row.mid_tail}.{len(getattr(mid, self.row.mid_tail)) - 1}"
+            yield Unit("M", "M", self.stages, (*(path for path in paths if path != last), last))
+        for stage, block in enumerate(self.model.up_blocks):
+            yield from pairs(block, f"U.{stage}", self.stages - 1 - stage, f"up_blocks.{stage}")
+
+    def _facing(self, stage: int) -> tuple[str, str]:
+        """The down and the up block of a stage."""
+        return f"D.{stage}", f"U.{self.stages - 1 - stage}"
+
+    def _pairs_of(self, block: str) -> list[Unit]:
+        return self._by_block.get(block, [])
+
+    def _resnet(self, unit: Unit) -> Any:
+        """The unit's (first) ResBlock, which knows its widths."""
+        module = self.model.get_submodule(unit.modules[0])
+        return getattr(module, "spatial_res_block", module)
+
+    def _hidden_width(self, unit: Unit) -> int:
+        """Channels of the hidden state (without a skip) that reaches the unit."""
+        resnet = self._resnet(unit)
+        if not unit.block.startswith("U"):
+            return int(resnet.in_channels)
+        before = self.units[self.units.index(unit) - 1]
+        return int(self._resnet(before).out_channels)
+
+    def identity_of(self, unit: Unit) -> Mapping[str, Callable[..., Any]]:
+        """A ResBlock passes its hidden state on, through its own 1 x 1 shortcut where the width changes.
+
+        An up pair whose width stays drops its skip, as physical removal would.
+        """
+        answers: dict[str, Callable[..., Any]] = {}
+        for path in unit.modules:
+            part = path.split(".")[-2]
+            if part != "resnets":
+                answers[path] = first_argument_in_tuple if part in self.row.unpacked else first_argument
+            elif unit.block == "M":
+                answers[path] = first_argument
+            else:
+                answers[path] = _shortcut(self._resnet(unit), self._hidden_width(unit))
+        return answers
+
+    def _silent(self, chosen: set[str]) -> dict[str, Callable[..., Any]]:
+        """Also the samplers of inner stages that fall silent as a whole."""
+        silent = super()._silent(chosen)
+        for stage in self._inner_stages(chosen):
+            silent[f"down_blocks.{stage - 1}.downsamplers.0"] = first_argument
+            silent[f"up_blocks.{self.stages - 1 - stage}.upsamplers.0"] = first_argument
+        return silent
+
+    def _inner_stages(self, removed: set[str]) -> list[int]:
+        """Stages, deepest first, that go as a whole: every pair of theirs and everything deeper."""
+        gone: list[int] = []
+        if not {unit.name for unit in self._pairs_of("M")} <= removed:
+            return gone
+        for stage in range(self.stages - 1, 0, -1):
+            down, up = self._facing(stage)
+            if not {unit.name for unit in self._pairs_of(down) + self._pairs_of(up)} <= removed:
+                break
+            gone.append(stage)
+        return gone
+
+    def check(self, names: Iterable[str]) -> None:
+        """Walk the skip connections of what is left: each kept pair must receive what it was trained on.
+
+        Up pair j of n reads the output of down pair n - 2 - j of its stage, the last one what enters the
+        stage; a removed down pair passes on what it receives. Only so is removal the same as bypass.
+        """
+        removed = set(expand(names, self.units))
+        what = f"removing {', '.join(unit.name for unit in self.units if unit.name in removed)}"
+        stages = range(self.stages - len(self._inner_stages(removed)))
+        for stage in stages:
+            down, up = ([u for u in self._pairs_of(block) if u.name not in removed] for block in self._facing(stage))
+            if len(up) != len(down) + 1:
+                raise IllegalPlan(
+                    f"{what} leaves {self._facing(stage)[0]} {len(down)} pairs and {self._facing(stage)[1]} "
+                    f"{len(up)}; an up block needs one pair more than its down block, because every skip "
+                    f"connection that is made is used: remove pairs of {' and '.join(self._facing(stage))} together"
+                )
+            self._check_skips(stage, removed)
+        self._check_widths(removed, what, stages)
+
+    def _check_skips(self, stage: int, removed: set[str]) -> None:
+        """Raise where removal would hand a kept up pair another skip than the one it was trained on."""
+        down, up = self._facing(stage)
+        downs, ups = ([unit.name for unit in self._pairs_of(block)] for block in (down, up))
+        kept = [index for index, name in enumerate(downs) if name not in removed]
+
+        def fits(kept_ups: Iterable[str]) -> bool:
+            read = [len(downs) - 1 - ups.index(name) for name in kept_ups]
+            return [max((k for k in kept if k <= r), default=None) for r in read] == [*reversed(kept), None]
+
+        if not fits(name for name in ups if name not in removed):
+            choices = itertools.combinations(ups, len(kept) + 1)
+            fitting = [[name for name in ups if name not in choice] for choice in choices if fits(choice)]
+            raise IllegalPlan(
+                f"removing {', '.join(sorted(removed & {*downs, *ups}))} hands pairs of {up} other skip connections "
+                f"than they were trained on; of {up} remove {' or '.join('+'.join(names) for names in fitting)} instead"
+            )
+
+    def _check_widths(self, removed: set[str], what: str, stages: range) -> None:
+        width = int(self.model.conv_in.out_channels)
+        skips = [width]
+
+        def through(unit: Unit, received: int) -> int:
+            resnet = self._resnet(unit)
+            if resnet.in_channels != received:
+                raise IllegalPlan(
+                    f"{what} changes what {unit.name} receives: {received} channels instead of {resnet.in_channels}; "
+                    "remove a pair that keeps the width instead (the second of a down block, the middle of an up block)"
+                )
+            return int(resnet.out_channels)
+
+        for stage in stages:
+            block = self.model.down_blocks[stage]
+            kept = [unit for unit in self._pairs_of(f"D.{stage}") if unit.name not in removed]
+            out = int(self._resnet(pairs[-1]).out_channels) if (pairs := self._pairs_of(f"D.{stage}")) else width
+            if not kept and out != width:
+                raise IllegalPlan(
+                    f"{what} leaves D.{stage} no pair, and nothing else changes the width {width} -> {out}; "
+                    f"keep D.{stage}.0"
+                )
+            for unit in kept:
+                width = through(unit, width)
+                skips.append(width)
+            if block.downsamplers is not None and stage + 1 in stages:
+                skips.append(width)
+        if (mid := self._pairs_of("M")) and "M" not in removed:
+            through(mid[0], width)
+        for stage in reversed(stages):
+            for unit in self._pairs_of(self._facing(stage)[1]):
+                if unit.name not in removed:
+                    width = through(unit, width + skips.pop())
+
+    def trimmed(self, model: Any, removed: set[str]) -> tuple[type[Any], dict[str, Any]]:
+        """A stock class where its config can say what is left, otherwise the subclass that lists what is gone."""
+        delete_units(UNetDenoiser(model), removed)
+        config = {key: value for key, value in config_of(self.model).items() if key != "removed_units"}
+        if type(self.model) is self.row.stock and not isinstance(model.mid_block, NoMid):
+            stock = self._stock_config(model, config)
+            if _fits(self.row.stock, stock, model):
+                return self.row.stock, stock
+        already = set(config_of(self.model).get("removed_units") or ())
+        originals = [
+            unit.name for unit in UNetDenoiser(empty(self.row.stock, config)).units if unit.name not in already
+        ]
+        now = {original for original, unit in zip(originals, self.units, strict=True) if unit.name in removed}
+        return STUDENTS[self.row.stock], {**config, "removed_units": sorted(already | now)}
+
+    def _stock_config(self, model: Any, config: dict[str, Any]) -> dict[str, Any]:
+        """The stock class's config for what is left of `model`, if there is one."""
+        stages, layers = len(model.down_blocks), tuple(len(block.resnets) for block in model.down_blocks)
+        changed: dict[str, Any] = {"layers_per_block": layers[0] if len(set(layers)) == 1 else layers}
+        for key, value in config.items():
+            if isinstance(value, (list, tuple)) and len(value) == self.stages and key != "layers_per_block":
+                from_the_end = key == "up_block_types" or key.startswith("reverse_")
+                changed[key] = tuple(value)[self.stages - stages :] if from_the_end else tuple(value)[:stages]
+        return {**config, **changed}
+
+    def stock_form(self) -> Any:
+        """The same function as a model of the stock class, or None where its config cannot say it.
+
+        A U-Net without a mid block gets one that is an exact identity: all its weights are zero, so
+        every residual branch ends in nothing.
+        """
+        if type(self.model) is self.row.stock:
+            return self.model
+        config = {key: value for key, value in config_of(self.model).items() if key != "removed_units"}
+        original = UNetDenoiser(empty(self.row.stock, config))
+        stock = original._stock_config(self.model, config)
+        try:
+            model = empty(self.row.stock, stock)
+        except (ValueError, TypeError, NotImplementedError):
+            return None
+        weights, shapes = self.model.state_dict(), {name: w.shape for name, w in model.state_dict().items()}
+        lacking = {name for name in shapes if name not in weights}
+        if not all(name.startswith("mid_block.") for name in lacking) or _shapes(self.model) != {
+            name: shape for name, shape in shapes.items() if name not in lacking
+        }:
+            return None
+        some = next(iter(weights.values()))
+        zeros = {name: torch.zeros(shapes[name], dtype=some.dtype, device=some.device) for name in lacking}
+        model.load_state_dict({**weights, **zeros}, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def surviving(self, names: Iterable[str]) -> dict[str, str]:
+        """Teacher unit -> student unit for every unit kept when `names` are removed."""
+        removed = set(expand(names, self.units))
+        gone = len(self._inner_stages(removed))
+        matches: dict[str, str] = {}
+        counters: dict[str, int] = {}
+        for unit in self.units:
+            if unit.name in removed:
+                continue
+            side, _, stage = unit.block.partition(".")
+            block = f"U.{int(stage) - gone}" if side == "U" else unit.block
+            index = counters.get(block, 0)
+            counters[block] = index + 1
+            matches[unit.name] = "M" if side == "M" else f"{block}.{index}"
+        return matches
+
+    def _stage_removals(self, unit: Unit) -> list[tuple[str, ...]]:
+        """The unit with all of its stage and everything deeper, for every stage that is deep enough."""
+        removals = []
+        for stage in range(self.stages - 1, 0, -1):
+            inner = [u.name for u in self.units if u.depth >= stage and u.name != unit.name]
+            if unit.depth >= stage:
+                removals.append(tuple(inner))
+        return removals
+
+    def encoder_stages(self) -> list[nn.Module]:
+        """The down blocks, outermost first."""
+        return list(self.model.down_blocks)
+
+    def encoder_widths(self) -> list[int]:
+        """Channels of the down blocks' outputs."""
+        return [int(width) for width in self.model.config.block_out_channels[: self.stages]]
+
+    def stop_after_encoder(self) -> nn.Module:
+        """The mid block, or what stands in its place."""
+        return self.model.mid_block  # type: ignore[no-any-return]
+
+    def as_video(self, feature: Tensor, latents: Tensor) -> Tensor:
+        """Features have the frames folded into the batch: [B * T, C, h, w] -> [B, C, T, h, w]."""
+        video: Tensor = feature.unflatten(0, (-1, latents.shape[2])).transpose(1, 2)
+        return video
+
+
+class NoMid(nn.Module):
+    """Stands where a U-Net without mid block had one; passes its input on."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+def delete_units(denoiser: UNetDenoiser, removed: set[str]) -> None:
+    """Take the units out of the model itself; what is left renumbers itself."""
+    model = denoiser.model
+    gone = denoiser._inner_stages(removed)
+    for unit in reversed(denoiser.units):
+        if unit.name in removed and unit.block != "M":
+            for path in unit.modules:
+                parent, _, index = path.rpartition(".")
+                del model.get_submodule(parent)[int(index)]
+    if "M" in removed:
+        model.mid_block = NoMid()
+    if gone:
+        del model.down_blocks[min(gone) :]
+        del model.up_blocks[: len(gone)]
+        model.down_blocks[-1].downsamplers = None
+        if hasattr(model, "num_upsamplers"):
+            model.num_upsamplers -= len(gone)
+
+
+def student_class(stock: type[Any], name: str) -> type[Any]:
+    """The stock class with one more argument: `removed_units`, the units that it is built without."""
+
+    def __init__(self: Any, *args: Any, removed_units: Iterable[str] = (), **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        self.register_to_config(removed_units=sorted(removed_units))
+        delete_units(UNetDenoiser(self), set(removed_units))
+
+    own = inspect.Parameter("removed_units", inspect.Parameter.KEYWORD_ONLY, default=())
+    signature = inspect.signature(stock.__init__)
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
+    body = {"__init__": __init__, "__doc__": f"{stock.__name__} without some of its units.", "__module__": __name__}
+    return type(name, (stock,), body)
+
+
+VDMiniUNet = student_class(UNetSpatioTemporalConditionModel, "VDMiniUNet")
+VDMiniUNet3D = student_class(UNet3DConditionModel, "VDMiniUNet3D")
+VDMiniUNetMotion = student_class(UNetMotionModel, "VDMiniUNetMotion")
+STUDENTS: dict[type[Any], type[Any]] = {cls.__mro__[1]: cls for cls in (VDMiniUNet, VDMiniUNet3D, VDMiniUNetMotion)}
+
+
+def _call_svd(model: Any, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """`image_latents` [B, C, h, w] join every frame; `image_embedding` [B, 1, D], `added_time_ids` [B, 3]."""
+    image = condition["image_latents"][:, :, None].expand(-1, -1, latents.shape[2], -1, -1)
+    sample = torch.cat([latents, image.to(latents.dtype)], 1).transpose(1, 2)
+    told = condition["image_embedding"], condition["added_time_ids"]
+    return model(sample, time, *told, return_dict=False)[0].transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _call_text(model: Any, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """`text` [B, L, D]; `guidance` [B, W], an embedded guidance scale, where the model takes one."""
+    guidance = condition.get("guidance")
+    return model(latents, time, condition["text"], timestep_cond=guidance, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+UNETS = (
+    UNetRow(
+        stock=UNetSpatioTemporalConditionModel,
+        parts=("resnets", "attentions"),
+        unpacked=frozenset({"attentions"}),
+        mid_tail="resnets",
+        call=_call_svd,
+    ),
+    UNetRow(
+        stock=UNet3DConditionModel,
+        parts=("resnets", "temp_convs", "attentions", "temp_attentions"),
+        unpacked=frozenset({"attentions", "temp_attentions"}),
+        mid_tail="temp_convs",
+        call=_call_text,
+    ),
+    UNetRow(
+        stock=UNetMotionModel,
+        parts=("resnets", "attentions", "motion_modules"),
+        unpacked=frozenset({"attentions"}),
+        mid_tail="resnets",
+        call=_call_text,
+    ),
+)
+UNET_CLASSES = {cls.__name__: cls for row in UNETS for cls in (row.stock, STUDENTS[row.stock])}
+
+
+def load_unet(folder: Path, device: torch.device | str = "cpu") -> UNetDenoiser:
+    """Load a stock U-Net or a student's, whichever its config names."""
+    return UNetDenoiser(load_component(UNET_CLASSES[class_name(folder, UNET_CLASSES)], folder).to(device))
+
+
+def _shapes(model: Any) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _fits(cls: type[Any], config: Mapping[str, Any], model: Any) -> bool:
+    """Whether the class, so configured, has exactly the model's tensors."""
+    try:
+        return _shapes(empty(cls, config)) == _shapes(model)
+    except (ValueError, TypeError, NotImplementedError):
+        return False
+
+
+def _shortcut(resnet: Any, hidden_width: int) -> Callable[..., Tensor]:
+    """What a ResBlock without its residual branch passes on.
+
+    The hidden part of its input, if its width is the block's own; else its 1 x 1 shortcut of all of it.
+    """
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        if hidden_width == resnet.out_channels:
+            return hidden_states[:, :hidden_width]
+        return resnet.conv_shortcut(hidden_states)  # type: ignore[no-any-return]
+
+    return forward
