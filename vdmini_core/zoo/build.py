@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler
-from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from vdmini_core.artifacts import file_digest, json_digest, write_json
 from vdmini_core.evaluation.evaluator import accuracies, load_evaluator, save_evaluator
-from vdmini_core.models import SVD
+from vdmini_core.models import SVD, UNetDenoiser
 from vdmini_core.models.loading import load_component
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
 from vdmini_core.zoo.clips import ClipSet, render_set, to_model_range
 from vdmini_core.zoo.evaluator import CORRUPTIONS, compress, corrupt, reconstruct, train_evaluator
 from vdmini_core.zoo.image_encoder import train_image_encoder
-from vdmini_core.zoo.teacher import LatentSet, encode_set, train_teacher
-from vdmini_core.zoo.vae import train_vae
+from vdmini_core.zoo.teacher import closed_attention, encode_set, load_set, new_unet, save_set, train_teacher
+from vdmini_core.zoo.vae import new_temporal_vae, train_vae
 
 TEACHER = "i2v-shapes"
 FRAMES, SIZE = 8, 64
@@ -47,10 +46,13 @@ SETTINGS = {
     # The attention of the two outer stages opens late, when the deep ones have learned to carry the motion.
     "teacher_closed": LoopSettings(max_steps=4000, batch_size=4, decay_fraction=0.2, ema_decay=0.998),
     "teacher_opened": LoopSettings(seed=1, max_steps=3000, batch_size=4, decay_fraction=0.7, ema_decay=0.998),
+    "teacher_refined": LoopSettings(
+        seed=2, max_steps=1600, batch_size=4, warmup_steps=50, decay_fraction=0.9, ema_decay=0.998
+    ),
 }
 
 # Learning rate, and how many of the outermost stages have their attention closed.
-TEACHER_RUNS = {"teacher_closed": (1e-3, 2), "teacher_opened": (8e-4, 0)}
+TEACHER_RUNS = {"teacher_closed": (1e-3, 2), "teacher_opened": (8e-4, 0), "teacher_refined": (7e-4, 0)}
 FOREGROUND_WEIGHT = 5.0
 
 
@@ -67,7 +69,9 @@ def build_zoo(
     if not (teacher / "vae").is_dir():
         say("training the VAE")
         clips = render_set(4320, VAE_SEED, frames=FRAMES, size=SIZE)
-        train_vae(clips, SETTINGS["vae"], device, log, track).half().save_pretrained(teacher / "vae")
+        train_vae(new_temporal_vae(), clips, SETTINGS["vae"], device, log, track).half().save_pretrained(
+            teacher / "vae"
+        )
     vae = load_component(AutoencoderKLTemporalDecoder, teacher / "vae").to(device)
     if not (teacher / "image_encoder").is_dir():
         say("training the image encoder")
@@ -80,23 +84,28 @@ def build_zoo(
     write_fixed_parts(teacher)
     if not (teacher / "unet").is_dir():
         say("training the teacher")
-        data = _teacher_data(scratch, SVD.load(teacher, ("vae", "conditioner"), device), track)
-        unet = None
+        pipeline = SVD.load(teacher, ("vae", "conditioner"), device)
+        file = scratch / "latents.safetensors"
+        if not file.is_file():
+            clips = render_set(6480, TEACHER_SEED, frames=FRAMES, size=SIZE)
+            save_set(encode_set(clips, [""] * len(clips), pipeline, TEACHER_SEED, FOREGROUND_WEIGHT, track), file)
+        torch.manual_seed(SETTINGS["teacher_closed"].seed)
+        denoiser = UNetDenoiser(new_unet())
         for name, (learning_rate, closed_stages) in TEACHER_RUNS.items():
-            unet = train_teacher(
-                data,
-                SETTINGS[name],
-                device,
-                start=unet,
-                learning_rate=learning_rate,
-                closed_stages=closed_stages,
-                checkpoints=scratch / name,
-                fingerprint=json_digest(SETTINGS[name]),
-                log=log,
-                track=track,
-            )
-        assert unet is not None
-        unet.half().save_pretrained(teacher / "unet")
+            with closed_attention(denoiser.model, closed_stages):
+                train_teacher(
+                    denoiser,
+                    pipeline.process,
+                    load_set(file),
+                    SETTINGS[name],
+                    device,
+                    learning_rate=learning_rate,
+                    checkpoints=scratch / name,
+                    fingerprint=json_digest(SETTINGS[name]),
+                    log=log,
+                    track=track,
+                )
+        denoiser.model.half().save_pretrained(teacher / "unet")
 
 
 def write_fixed_parts(teacher: Path) -> None:
@@ -159,19 +168,6 @@ def _accuracy(evaluator: torch.nn.Module, clips: ClipSet, corruption: str) -> di
         right.append(torch.stack(accuracies(evaluator(damaged), labels), 1))
     content, motion = torch.cat(right).float().mean(0).tolist()
     return {"content_accuracy": round(content, 4), "motion_accuracy": round(motion, 4)}
-
-
-def _teacher_data(scratch: Path, pipeline: SVD, track: Track) -> LatentSet:
-    """The encoded training clips, kept in the scratch folder between sessions."""
-    file = scratch / "latents.safetensors"
-    if not file.is_file():
-        clips = render_set(6480, TEACHER_SEED, frames=FRAMES, size=SIZE)
-        data = encode_set(clips, pipeline, TEACHER_SEED, FOREGROUND_WEIGHT, track)
-        scratch.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".partial")
-        save_file(vars(data), draft)
-        draft.rename(file)
-    return LatentSet(**load_file(file))
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from vdmini_core.data.synthetic import COLOURS, MOTIONS, SHAPES
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
@@ -101,7 +101,7 @@ def train_image_encoder(
 @torch.no_grad()
 def pooled_images(clips: ClipSet) -> Tensor:
     """First frames as the pipeline's image encoder sees them, 4 x 4 pixels averaged: [N, 3, 56, 56]."""
-    processor = CLIPImageProcessor()
+    processor = CLIPImageProcessorPil()
     mean = torch.tensor(processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_std)[:, None, None]
     pooled = []

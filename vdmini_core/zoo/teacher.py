@@ -1,24 +1,25 @@
-"""Trains the zoo's teacher, a small `UNetSpatioTemporalConditionModel` with SVD's own recipe."""
+"""Trains the zoo's teachers, each with its own class's recipe; and the small U-Net in SVD's layout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vdmini_core.diffusion.process import VPrediction
-from vdmini_core.models.svd import SVD, added_time_ids
+from vdmini_core.diffusion.process import Process
+from vdmini_core.models import Condition, Denoiser, Pipeline
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import EncodeSettings, LoopSettings
 from vdmini_core.training.loop import Player, State, train
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
-# What the model is told is what the encode stage tells it by default.
-TOLD = EncodeSettings()
+# ln(sigma) of the training levels, for every process.
 SIGMA_MEAN, SIGMA_STD = 0.0, 1.4
 
 
@@ -47,14 +48,13 @@ def new_unet() -> UNetSpatioTemporalConditionModel:
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Encoded clips: latents [N, C, T, h, w] (scaled), image latents [N, C, h, w], embeddings [N, 1, D].
+    """Encoded clips: latents [N, C, T, h, w], the condition's tensors, clips first, and weights.
 
     `weights` [N, 1, T, h, w] scales the loss place by place.
     """
 
     latents: Tensor
-    image_latents: Tensor
-    embeddings: Tensor
+    condition: Condition
     weights: Tensor
 
     def __len__(self) -> int:
@@ -62,21 +62,42 @@ class LatentSet:
 
 
 def encode_set(
-    clips: ClipSet, pipeline: SVD, seed: int, foreground_weight: float, track: Track = silent_track
+    clips: ClipSet,
+    captions: Sequence[str],
+    pipeline: Pipeline,
+    seed: int,
+    foreground_weight: float,
+    track: Track = silent_track,
 ) -> LatentSet:
-    """Encode clips and their noise-augmented first frames, as the pipeline encodes its image."""
+    """Encode clips and what is told of them, as the encode stage does with its defaults."""
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[Tensor]] = {"latents": [], "image_latents": [], "embeddings": []}
-    chunks = clips.pixels.split(32)
-    for chunk in track(chunks, "encode", len(chunks)):
-        pixels = to_model_range(chunk)
-        told = pipeline.condition(pixels[:, :, 0], (), TOLD, generator)
-        parts["latents"].append(pipeline.encode(pixels).cpu())
-        parts["image_latents"].append(told["image_latents"].cpu())
-        parts["embeddings"].append(told["image_embedding"].cpu())
-    tensors = {name: torch.cat(chunks).contiguous() for name, chunks in parts.items()}
-    weights = foreground_weights(clips, tensors["latents"].shape[-1], foreground_weight)
-    return LatentSet(**tensors, weights=weights)
+    latents: list[Tensor] = []
+    told: list[Condition] = []
+    starts = range(0, len(clips), 32)
+    for start in track(starts, "encode", len(starts)):
+        pixels = to_model_range(clips.pixels[start : start + 32])
+        latents.append(pipeline.encode(pixels).cpu())
+        told.append(pipeline.condition(pixels[:, :, 0], captions[start : start + 32], EncodeSettings(), generator))
+    condition = {name: torch.cat([part[name].cpu() for part in told]) for name in told[0]}
+    weights = foreground_weights(clips, latents[0].shape[-1], foreground_weight)
+    return LatentSet(torch.cat(latents), condition, weights)
+
+
+def save_set(data: LatentSet, file: Path) -> None:
+    """Write the set to one safetensors file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".partial")
+    tensors = {"latents": data.latents, "weights": data.weights}
+    tensors |= {f"condition.{name}": value for name, value in data.condition.items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, draft)
+    draft.rename(file)
+
+
+def load_set(file: Path) -> LatentSet:
+    """Read what `save_set` wrote."""
+    tensors = load_file(file)
+    condition = {name.removeprefix("condition."): v for name, v in tensors.items() if name.startswith("condition.")}
+    return LatentSet(tensors["latents"], condition, tensors["weights"])
 
 
 def foreground_weights(clips: ClipSet, latent_size: int, weight: float) -> Tensor:
@@ -115,26 +136,20 @@ def closed_attention(unet: UNetSpatioTemporalConditionModel, stages: int) -> Ite
 
 
 def train_teacher(
+    denoiser: Denoiser,
+    process: Process,
     data: LatentSet,
     settings: LoopSettings,
     device: torch.device,
     *,
-    start: UNetSpatioTemporalConditionModel | None = None,
     learning_rate: float = 1e-3,
-    closed_stages: int = 0,
     checkpoints: Path | None = None,
     fingerprint: str = "",
     log: Log = silent_log,
     track: Track = silent_track,
-) -> UNetSpatioTemporalConditionModel:
-    """EDM v-prediction (weighted so that the loss is plain MSE on v); returns the averaged weights.
-
-    Continues from `start` where given; the attention of the outermost `closed_stages` stays shut.
-    """
-    torch.manual_seed(settings.seed)
-    unet = (start or new_unet()).to(device).requires_grad_(True).train()
-    ids = added_time_ids(TOLD).to(device)
-    process = VPrediction()
+) -> None:
+    """Train the denoiser in place on the squared error of its answer; ends with its averaged weights."""
+    model: Any = denoiser.model.to(device).requires_grad_(True).train()
 
     def batch_of(step: int) -> State:
         per_epoch = len(data) // settings.batch_size
@@ -153,32 +168,27 @@ def train_teacher(
             "target": process.target(x0, noise, sigma).to(device),
             "noisy": process.noised(x0, noise, sigma).to(device),
             "time": process.time(sigma).to(device),
-            "image": data.image_latents[chosen].to(device),
-            "embedding": data.embeddings[chosen].to(device),
+            "condition": {name: value[chosen].to(device) for name, value in data.condition.items()},
             "weights": data.weights[chosen].to(device),
         }
 
     def loss(state: State) -> dict[str, Tensor]:
-        noisy = state["noisy"]
-        image = state["image"][:, :, None].expand(-1, -1, noisy.shape[2], -1, -1)
-        sample = torch.cat([noisy, image], 1).transpose(1, 2)
-        output = unet(sample, state["time"], state["embedding"], ids.expand(len(noisy), -1)).sample
-        error = (output.transpose(1, 2).float() - state["target"]).square()
-        return {"total": (error * state["weights"]).mean(), "v_loss": error.mean().detach()}
+        answer = denoiser(state["noisy"], state["time"], state["condition"])
+        error = (answer.float() - state["target"]).square()
+        return {"total": (error * state["weights"]).mean(), "unweighted": error.mean().detach()}
 
-    player = Player("teacher", unet, loss, learning_rate)
-    with closed_attention(unet, closed_stages):
-        train(
-            [player],
-            batch_of,
-            prepare,
-            settings,
-            device=device,
-            checkpoints=checkpoints,
-            fingerprint=fingerprint,
-            log=log,
-            track=track,
-        )
+    player = Player("teacher", model, loss, learning_rate)
+    train(
+        [player],
+        batch_of,
+        prepare,
+        settings,
+        device=device,
+        checkpoints=checkpoints,
+        fingerprint=fingerprint,
+        log=log,
+        track=track,
+    )
     assert player.ema is not None
-    player.ema.copy_to(unet)
-    return unet.eval().requires_grad_(False)
+    player.ema.copy_to(model)
+    model.eval().requires_grad_(False)

@@ -1,7 +1,9 @@
-"""Trains the zoo's temporal VAE, a small `AutoencoderKLTemporalDecoder` (factor 4, 4 latent channels)."""
+"""Trains the zoo's VAEs: factor 4 in space, 4 latent channels, with SVD's, Stable Diffusion's or Wan's class."""
+
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,27 +12,26 @@ from vdmini_core.settings import LoopSettings
 from vdmini_core.training.loop import Player, State, train
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
-CLIP_FRAMES = 4
+WINDOW = {"AutoencoderKLTemporalDecoder": 4, "AutoencoderKL": 4, "AutoencoderKLWan": 5}
+"""Frames of a training window; Wan's causal VAE takes 4 k + 1."""
 KL_WEIGHT = 1e-4
+LATENT_CHANNELS = 4
+LAYOUT = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "block_out_channels": (32, 64, 64),
+    "layers_per_block": 1,
+    "latent_channels": LATENT_CHANNELS,
+    "sample_size": 64,
+    "scaling_factor": 1.0,
+    "force_upcast": False,
+}
 
 
-def new_vae() -> AutoencoderKLTemporalDecoder:
-    """The untrained VAE. Residual branches start at zero, without which 1,000 steps learn little."""
-    vae = AutoencoderKLTemporalDecoder(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        sample_size=64,
-        scaling_factor=1.0,
-        force_upcast=False,
-    )
-    for name, module in vae.named_modules():
-        if name.endswith((".conv2", ".to_out.0")):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+def new_temporal_vae() -> AutoencoderKLTemporalDecoder:
+    """SVD's class, untrained; frames pass the temporal convolution unchanged at first."""
+    vae = _quietened(AutoencoderKLTemporalDecoder(**LAYOUT))
     conv = vae.decoder.time_conv_out
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
@@ -40,46 +41,101 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
     return vae
 
 
+def new_frame_vae(trained: AutoencoderKLTemporalDecoder) -> AutoencoderKL:
+    """Stable Diffusion's class, with the encoder of SVD's, which is the same; its decoder is untrained."""
+    vae = _quietened(AutoencoderKL(**LAYOUT, up_block_types=("UpDecoderBlock2D",) * 3))
+    vae.encoder.load_state_dict(trained.encoder.state_dict())
+    vae.quant_conv.load_state_dict(trained.quant_conv.state_dict())
+    return vae
+
+
+def new_causal_vae() -> AutoencoderKLWan:
+    """Wan's class without compression in time, untrained."""
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 3],
+        num_res_blocks=1,
+        temperal_downsample=[False, False],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        scale_factor_temporal=1,
+        scale_factor_spatial=4,
+    )
+    return _quietened(vae)
+
+
+def _quietened(vae: Any) -> Any:
+    """Residual branches start at zero, without which 1,000 steps learn little."""
+    for name, module in vae.named_modules():
+        if name.endswith((".conv2", ".to_out.0", ".proj")) and hasattr(module, "weight"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return vae
+
+
 def train_vae(
+    vae: Any,
     clips: ClipSet,
     settings: LoopSettings,
     device: torch.device,
     log: Log = silent_log,
     track: Track = silent_track,
-) -> AutoencoderKLTemporalDecoder:
-    """L1 + L2 reconstruction of 4-frame windows plus a light KL; returns the averaged weights.
+    *,
+    encoder_is_fixed: bool = False,
+) -> Any:
+    """L1 + L2 reconstruction of short windows plus a light KL; the averaged weights, in place.
 
-    The scaling factor is set to 1 / std of the latents, as in latent diffusion.
+    The latents' scale is set afterwards so that what the denoiser sees has unit variance, as in latent
+    diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per channel.
     """
     torch.manual_seed(settings.seed)
-    vae = new_vae().to(device).train()
+    window = WINDOW[type(vae).__name__]
+    vae = vae.to(device).train()
+    trained = vae.decoder if encoder_is_fixed else vae
 
     def batch_of(step: int) -> State:
         g = torch.Generator().manual_seed(settings.seed * 7919 + step)
         ids = torch.randint(len(clips), (settings.batch_size,), generator=g)
-        first = int(torch.randint(clips.pixels.shape[1] - CLIP_FRAMES + 1, (1,), generator=g))
-        return {"ids": ids.tolist(), "pixels": clips.pixels[ids, first : first + CLIP_FRAMES]}
+        first = int(torch.randint(clips.pixels.shape[1] - window + 1, (1,), generator=g))
+        return {"ids": ids.tolist(), "pixels": clips.pixels[ids, first : first + window]}
 
     def prepare(batch: State, generator: torch.Generator, step: int) -> State:
-        frames = to_model_range(batch["pixels"]).to(device).transpose(1, 2).flatten(0, 1)
-        noise = torch.randn(len(frames), 4, 16, 16, generator=generator).to(device)
-        return {"frames": frames, "noise": noise}
+        images = _as_input(vae, to_model_range(batch["pixels"]).to(device))
+        posterior_shape = (
+            len(images),
+            LATENT_CHANNELS,
+            *images.shape[2:-2],
+            images.shape[-2] // 4,
+            images.shape[-1] // 4,
+        )
+        return {"images": images, "noise": torch.randn(posterior_shape, generator=generator).to(device)}
 
     def loss(state: State) -> dict[str, Tensor]:
-        posterior = vae.encode(state["frames"]).latent_dist
+        posterior = vae.encode(state["images"]).latent_dist
         latents = posterior.mean + posterior.std * state["noise"]
-        output = vae.decode(latents, num_frames=CLIP_FRAMES).sample.float()
-        l1, l2 = F.l1_loss(output, state["frames"]), F.mse_loss(output, state["frames"])
+        options = {"num_frames": window} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+        output = vae.decode(latents, **options).sample.float()
+        l1, l2 = F.l1_loss(output, state["images"]), F.mse_loss(output, state["images"])
         kl = posterior.kl().mean() / latents[0].numel()
         return {"total": l1 + 2 * l2 + KL_WEIGHT * kl, "l1": l1, "l2": l2, "kl": kl}
 
-    player = Player("vae", vae, loss, 2e-3)
+    player = Player("vae", trained, loss, 2e-3)
     train([player], batch_of, prepare, settings, device=device, log=log, track=track)
     assert player.ema is not None
-    player.ema.copy_to(vae)
+    player.ema.copy_to(trained)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        sample = to_model_range(clips.pixels[:64]).to(device).transpose(1, 2).flatten(0, 1)
-        latents = vae.encode(sample).latent_dist.mode()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        sample = _as_input(vae, to_model_range(clips.pixels[:64]).to(device))
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(64)])
+    if isinstance(vae, AutoencoderKLWan):
+        spread = {"latents_mean": latents.mean((0, 2, 3, 4)), "latents_std": latents.std((0, 2, 3, 4))}
+        vae.register_to_config(**{name: [round(v, 5) for v in values.tolist()] for name, values in spread.items()})
+    else:
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
+
+
+def _as_input(vae: Any, clips: Tensor) -> Tensor:
+    """Clips [B, 3, T, H, W] as the class encodes them: whole (Wan), or frame by frame [B * T, 3, H, W]."""
+    return clips if isinstance(vae, AutoencoderKLWan) else clips.transpose(1, 2).flatten(0, 1)
