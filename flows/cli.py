@@ -40,6 +40,29 @@ def explained() -> Iterator[None]:
 
 
 @app.command(rich_help_panel=RUN)
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="The recipe to use; without one all are listed.")] = None,
+    force: Annotated[bool, typer.Option(help="Overwrite a params.yaml that git does not have.")] = False,
+) -> None:
+    """List the recipes, ready settings for published models, or make one of them params.yaml.
+
+    Recipes are the files of recipes/ here, and those of VDMini.
+    """
+    with explained():
+        from flows.recipes import adopt_recipe, headline, next_steps, recipes
+
+        if name is None:
+            known = recipes()
+            for key, path in known.items():
+                typer.echo(f"{key:{max(map(len, known))}}  {headline(path)}")
+            return
+        params = adopt_recipe(name, Path.cwd() / "params.yaml", force=force)
+    typer.echo(f"params.yaml is now the recipe {name}; next:")
+    for number, step in enumerate(next_steps(name, params), 1):
+        typer.echo(f"  {number}. {step}")
+
+
+@app.command(rich_help_panel=RUN)
 def run(
     target: Annotated[str | None, typer.Option(help="Stop after this stage; it and what it needs are run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
@@ -102,20 +125,23 @@ def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as
 @app.command(rich_help_panel=RUN)
 def generate(
     model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, a pipeline folder, `teacher`, or zoo:NAME.")],
-    image: Annotated[Path, typer.Option(help="The first frame, any image file.")],
     out: Annotated[Path, typer.Option(help="The mp4 to write.")],
+    image: Annotated[Path | None, typer.Option(help="Image to video: the first frame, any image file.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to video: what the clip shows.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
     frames: Annotated[int | None, typer.Option(min=2, help="Length; the model's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
 ) -> None:
-    """Make a clip that continues an image, with a registered student or the teacher.
+    """Make a clip that continues an image, or of a prompt, with a registered student or the teacher.
+
+    Whether a model takes --image or --prompt is its own nature; the other one is refused.
 
     Example: `vdmini generate --model models:/vdmini@champion --image first.png --out clip.mp4`
     """
     with explained():
         from tasks._generate import generate as make
 
-        make(model, image, out, frames=frames, steps=steps, seed=seed)
+        make(model, image, out, prompt=prompt, frames=frames, steps=steps, seed=seed)
     typer.echo(out)
 
 
@@ -137,6 +163,25 @@ def convert(
     typer.echo(f"{out} has the U-Net and the scheduler; put beside them, from {COMPANIONS_SOURCE}:")
     for name, (library, kind, meaning) in COMPANIONS.items():
         typer.echo(f"  {name + '/':15}{meaning} ({library}' {kind})")
+
+
+@app.command(rich_help_panel=RUN)
+def lora(
+    weights: Annotated[Path, typer.Argument(help="A LoRA made for the teacher: safetensors, diffusers' keys.")],
+    out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    plan: Annotated[Path, typer.Option(help="What was removed.")] = Path("artifacts/plan/plan.json"),
+    teacher: Annotated[str, typer.Option(help="A pipeline folder, `teacher`, or zoo:NAME.")] = "teacher",
+) -> None:
+    """Make a teacher's LoRA one for the student: layers that are left are renamed, the others dropped.
+
+    What is dropped is listed. Nothing is trained.
+    """
+    with explained():
+        from tasks._lora import convert as make
+
+        kept, dropped = make(weights, out, plan, teacher)
+    typer.echo(f"{out} has {kept} weights; {len(dropped)} belong to removed blocks:")
+    typer.echo("\n".join(f"  {name}" for name in dropped) or "  none")
 
 
 @app.command(rich_help_panel=RUN)
@@ -186,6 +231,42 @@ def down() -> None:
 
     services.down(Path.cwd(), say=typer.echo)
     typer.echo("no service of this project is running")
+
+
+@app.command(rich_help_panel=LOOK)
+def dry_run(
+    name: Annotated[str, typer.Argument(help="A recipe, or the path of a params file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+) -> None:
+    """Say what a recipe would remove, save and need in memory, from the model's config alone.
+
+    Needs neither weights nor data nor an accelerator, and takes seconds.
+    """
+    with explained():
+        from flows.recipes import find_recipe
+        from tasks._dry_run import dry_run_of, dry_run_text
+
+        result = dry_run_of(find_recipe(name))
+    typer.echo(result.model_dump_json(indent=1) if as_json else dry_run_text(result))
+
+
+@app.command(rich_help_panel=LOOK)
+def units(
+    source: Annotated[
+        str, typer.Argument(help="zoo:NAME, a pipeline's or denoiser's folder, a recipe's model, a hub id.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list on stdout.")] = False,
+) -> None:
+    """List the units of a model that can be removed, what they cost, and what has to go with them.
+
+    Reads the model's config only. Of a hub id that is fetched, unless it ships with VDMini.
+    """
+    with explained():
+        from tasks._dry_run import unit_table, units_and_note
+
+        found, note = units_and_note(source)
+    typer.echo(note, err=True)
+    typer.echo(json.dumps([unit.model_dump() for unit in found], indent=1) if as_json else unit_table(found))
 
 
 @app.command(rich_help_panel=LOOK)

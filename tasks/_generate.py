@@ -1,4 +1,4 @@
-"""What `vdmini generate` does: find the model, make one clip from one image."""
+"""What `vdmini generate` does: find the model, make one clip from one image or caption."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from tasks._stage import quieten
 from vdmini_core.artifacts import folder_digest
 from vdmini_core.evaluation.compare import write_clip_to
-from vdmini_core.models import load_pipeline
+from vdmini_core.models import load_pipeline, pipeline_class
 from vdmini_core.models.generating import generate_clip, read_image
 from vdmini_core.models.sources import resolve_source
 from vdmini_core.settings import EncodeSettings
@@ -34,14 +34,30 @@ def model_folder(model: str) -> Path:
     return nested if (nested / "model_index.json").is_file() else folder
 
 
-def generate(model: str, image: Path, out: Path, *, frames: int | None, steps: int, seed: int) -> None:
-    """Write one mp4 that continues `image`; size and default length are the model's own."""
+def generate(
+    model: str,
+    image: Path | None,
+    out: Path,
+    *,
+    prompt: str | None = None,
+    frames: int | None,
+    steps: int,
+    seed: int,
+) -> None:
+    """Write one mp4 that continues `image` or shows `prompt`; size and default length are the model's own."""
     quieten()
+    folder = model_folder(model)
+    match pipeline_class(folder).conditioned_on:
+        case "image" if image is None or prompt is not None:
+            raise ValueError(f"{model} is an image-to-video model: give --image, the first frame, and no --prompt")
+        case "text" if prompt is None or image is not None:
+            raise ValueError(f"{model} is a text-to-video model: give --prompt, what the clip shows, and no --image")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(model_folder(model), device=device)
-    default_frames, height, _ = pipeline.default_shape()
-    picture = read_image(image, height)
-    told = EncodeSettings()
-    clip = generate_clip(pipeline, picture, "", frames=frames or default_frames, steps=steps, seed=seed, told=told)
+    pipeline = load_pipeline(folder, device=device)
+    default_frames, height, width = pipeline.default_shape()
+    first = torch.zeros(1, 3, height, width) if image is None else read_image(image, height)
+    clip = generate_clip(
+        pipeline, first, prompt or "", frames=frames or default_frames, steps=steps, seed=seed, told=EncodeSettings()
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_clip_to(out, clip)

@@ -17,7 +17,8 @@ def run(context: Context) -> None:
     report = read_json(context.input("evaluate") / "report.json", EvaluationReport)
     plan = read_json(context.input("plan") / "plan.json", Plan)
     source = teacher_folder(context.input("teacher") / "teacher.json")
-    model = export_pipeline(source, context.input("distill") / "denoiser", context.folder / "model")
+    stock = context.params.prune.mid == "identity"
+    model = export_pipeline(source, context.input("distill") / "denoiser", context.folder / "model", stock=stock)
     digest = folder_digest(model)
     provenance = context.provenance(teacher=teacher.digest, model=digest)
     verdict = {"failed": failed_gates(report, settings), "model_digest": digest, "version": None}

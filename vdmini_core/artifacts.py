@@ -85,7 +85,7 @@ class DataManifest(Record):
     root: str
     layout: str
     frames: int
-    size: int
+    size: int | tuple[int, int]
     fps: float | None
     clips: tuple[Clip, ...]
     skipped: dict[str, str]

@@ -1,10 +1,11 @@
 """params.yaml, validated: one frozen model per stage, defaults and meaning in one place."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 
 class Settings(BaseModel):
@@ -31,13 +32,33 @@ class LoopSettings(Settings):
     keep_checkpoints: int = Field(2, gt=0)
 
 
+def _checked_size(value: Any) -> Any:
+    """One message about the whole key, where pydantic would report each member of the union."""
+    sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    if not all(isinstance(side, int) for side in sides):
+        raise PydanticCustomError("size", "Input should be one side, or [height, width], in whole pixels")
+    for problem, right in (("greater than 0", lambda side: side > 0), ("a multiple of 8", lambda side: side % 8 == 0)):
+        if not all(map(right, sides)):
+            raise PydanticCustomError("size", f"Input should be {problem}")
+    return value
+
+
+Size = Annotated[int | tuple[int, int], BeforeValidator(_checked_size)]
+"""Pixels of a frame: the side of a square, or height and width."""
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A frame's sides in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
 class DataSettings(Settings):
     """Which clips; `source` is `synthetic`, a UCF101 folder, or any folder of videos."""
 
     source: str = "synthetic"
     split: Literal[1, 2, 3] = Field(1, description="train/test split of the UCF101 layout")
     frames: int = Field(8, gt=1)
-    size: int = Field(64, gt=0, multiple_of=8, description="height and width in pixels")
+    size: Size = Field(64, description="pixels: one side, or [height, width]; multiples of 8")
     fps: float | None = Field(None, gt=0, description="None: each file's own frame rate")
     groups_per_class: int = Field(6, ge=3, description="synthetic: files per class; two in six are test clips")
     quantiser: int = Field(3, ge=2, le=31, description="synthetic: MPEG-4 quantiser, lower is better")
@@ -60,6 +81,7 @@ class EncodeSettings(Settings):
     fps: int = Field(7, gt=0, description="what the model is told; SVD is told fps - 1")
     motion_bucket_id: int = Field(127, ge=0)
     noise_augmentation: float = Field(0.02, ge=0)
+    guidance: float = Field(7.5, ge=0, description="embedded guidance scale, for models distilled with one")
     seed: int = 0
 
 
@@ -91,6 +113,11 @@ class PruneSettings(Settings):
     """Physical removal; weights are inherited."""
 
     dtype: Literal["float32", "float16"] = "float32"
+    mid: Literal["none", "identity"] = Field(
+        "none",
+        description="the exported U-Net where the plan removes M. none: smallest, needs vdmini installed to load; "
+        "identity: a stock diffusers checkpoint whose mid block does nothing",
+    )
 
 
 class DiscriminatorSettings(Settings):

@@ -125,3 +125,8 @@ def test_chosen_clips_spread_over_classes_and_depend_on_the_seed(synthetic: Path
     assert choose(manifest, "test", 10, seed=0) == chosen[:10]
     assert choose(manifest, "test", 10, seed=1) != chosen[:10]
     assert len(choose(manifest, "test", 10**6, seed=0)) == 2 * len(ALL_LABELS)
+
+
+def test_synthetic_clips_are_square(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.size is 32 x 64, but synthetic clips are square; give one side"):
+        write_synthetic(tmp_path, DataSettings(frames=2, size=(32, 64)))

@@ -51,6 +51,15 @@ def test_the_short_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> Non
     assert clip.mean() > 190
 
 
+def test_a_frame_covers_height_and_width_and_the_centre_is_cropped(tmp_path: Path) -> None:
+    tall = np.zeros((2, 128, 64, 3), np.uint8)
+    tall[:, 48:80] = 200
+    write_video(tmp_path / "a.avi", tall, fps=8, codec="mpeg4", crf=2)
+    clip = read_clip(tmp_path / "a.avi", frames=2, fps=None, size=(24, 48))
+    assert clip.shape == (2, 24, 48, 3)
+    assert clip.mean() > 190
+
+
 def test_a_file_smaller_than_asked_for_is_enlarged(tmp_path: Path) -> None:
     write_video(tmp_path / "a.avi", numbered(2, 32, 32), fps=8, codec="mpeg4", crf=2)
     assert read_clip(tmp_path / "a.avi", frames=2, fps=None, size=64).shape == (2, 64, 64, 3)

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
+from tests.models.tiny_unets import SVD as STOCK
+from tests.models.tiny_unets import TEXT_3D, new_unet_of
 from tests.tiny import EVEN, new_inputs, new_unet, output_of
-from vdmini_core.models import SVD, load_pipeline
+from vdmini_core.models import SVD, IllegalPlan, load_pipeline
 from vdmini_core.models.export import export_pipeline
 from vdmini_core.models.generating import read_image
 from vdmini_core.pruning.planning import paper_layout
@@ -85,6 +88,46 @@ def test_an_exported_pipeline_loads_in_diffusers_and_samples(
     ours = load_pipeline(model, ["denoiser"]).denoiser
     torch.testing.assert_close(output_of(ours, new_inputs()), output_of(student, new_inputs()), rtol=0, atol=1e-5)
     assert {path.name for path in tmp_path.iterdir()} == {"unet", "model"}
+
+
+def test_a_student_without_mid_block_can_be_exported_as_a_stock_checkpoint(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    teacher = new_unet(EVEN)
+    student = teacher.without(paper_layout(teacher, PlanSettings()))
+    save_denoiser(student, tmp_path / "unet")
+    model = export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / "model", stock=True)
+
+    assert json.loads((model / "model_index.json").read_text())["unet"] == ["diffusers", STOCK]
+    assert "removed_units" not in json.loads((model / "unet/config.json").read_text())
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(model)
+    assert type(pipeline.unet) is UNetSpatioTemporalConditionModel
+    ours = load_pipeline(model, ["denoiser"]).denoiser
+    torch.testing.assert_close(output_of(ours, new_inputs()), output_of(student, new_inputs()), rtol=0, atol=1e-5)
+
+
+def test_a_stock_export_of_a_student_that_is_stock_already_changes_nothing(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    save_denoiser(new_unet().without(["D.0.1", "U.3.1"]), tmp_path / "unet")
+    models = [
+        export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / f"model-{stock}", stock=stock)
+        for stock in (False, True)
+    ]
+    assert [json.loads((model / "model_index.json").read_text())["unet"] for model in models] == [
+        ["diffusers", STOCK]
+    ] * 2
+    weights, again = (load_file(model / "unet/diffusion_pytorch_model.safetensors") for model in models)
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_a_student_that_no_stock_config_can_say_is_refused_by_name(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    save_denoiser(new_unet_of(TEXT_3D).without(["D.0.1", "U.3.1"]), tmp_path / "unet")
+    told = r"is a VDMiniUNet3D, and no config of UNet3DConditionModel says .*; set prune\.mid to none"
+    with pytest.raises(IllegalPlan, match=told):
+        export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / "model", stock=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
 
 def test_exporting_again_replaces_the_folder_as_a_whole(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tests.models.tiny_transformers import answer_of, new_condition, new_latents, new_transformer
 from vdmini_core.models.graph import IllegalPlan
 from vdmini_core.models.loading import UnusableModel
-from vdmini_core.models.transformer import TRANSFORMERS, TransformerDenoiser, load_transformer, published
+from vdmini_core.models.published import published
+from vdmini_core.models.transformer import TRANSFORMERS, TransformerDenoiser, load_transformer
 
 HUNYUAN, HUNYUAN15, WAN, COG, LTX, MOCHI = TRANSFORMERS
 TEACHERS = {name: new_transformer(name) for name in TRANSFORMERS}

@@ -72,14 +72,37 @@ def score(name: str, judged: Quality) -> UnitScore:
     return UnitScore(name=name, kind="block", depth=2, parameters=1, flops=1, latency_ms=1, quality=judged)
 
 
-def test_the_gates_want_an_accurate_teacher_with_two_harmful_blocks() -> None:
+DEEP = "bypassing D.2 or U.1 costs >= 0.1 accuracy"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "gates"),
+    [
+        (quality(0.95, 0.85), {"content accuracy >= 0.9": True, "motion accuracy >= 0.9": False, DEEP: True}),
+        (quality(0.9, 0.9), {"content accuracy >= 0.9": True, "motion accuracy >= 0.9": True, DEEP: True}),
+        (quality(0.75, 0.75), {"content accuracy >= 0.9": False, "motion accuracy >= 0.9": False, DEEP: False}),
+    ],
+)
+def test_the_gates_want_an_accurate_teacher_and_one_deep_block_that_matters(
+    baseline: Quality, gates: dict[str, bool]
+) -> None:
     scores = [score("D.2", quality(0.9, 0.7)), score("U.1", quality(0.9, 0.9)), score("D.0", quality(0, 0))]
-    assert teacher_gates(quality(0.95, 0.85), scores) == {
-        "content accuracy >= 0.9": True,
-        "motion accuracy >= 0.9": False,
-        "bypassing D.2 costs >= 0.1 accuracy": True,
-        "bypassing U.1 costs >= 0.1 accuracy": False,
-    }
+    assert teacher_gates(baseline, scores) == gates
+
+
+@pytest.mark.parametrize("harmful", ["D.2", "U.1"])
+@pytest.mark.parametrize("judged", [quality(0.8, 0.95), quality(0.95, 0.8)])
+def test_either_deep_block_and_either_accuracy_is_enough(harmful: str, judged: Quality) -> None:
+    harmless = quality(0.95, 0.95)
+    scores = [score(name, judged if name == harmful else harmless) for name in ("D.2", "U.1")]
+    assert teacher_gates(harmless, scores)[DEEP]
+
+
+def test_a_loss_elsewhere_is_no_deep_block_and_without_deep_blocks_there_is_no_such_gate() -> None:
+    harmless = quality(0.95, 0.95)
+    scores = [score("D.0", quality(0, 0)), score("D.2", harmless), score("U.1", harmless)]
+    assert teacher_gates(harmless, scores)[DEEP] is False
+    assert DEEP not in teacher_gates(harmless, scores[:1])
 
 
 def test_there_are_no_gates_for_clips_without_labels() -> None:

@@ -17,7 +17,7 @@ from vdmini_core.artifacts import Clip, DataManifest, json_digest
 from vdmini_core.data.synthetic import ALL_LABELS, LABEL_BY_CLASS, Label, describe_label, render_clip
 from vdmini_core.data.video import VIDEO_SUFFIXES, UnreadableVideo, read_clip, write_video
 from vdmini_core.reporting import Track, silent_track
-from vdmini_core.settings import DataSettings
+from vdmini_core.settings import DataSettings, height_and_width
 
 SYNTHETIC_FPS = 8
 GROUPS_PER_SPLIT = 2
@@ -31,8 +31,11 @@ def write_synthetic(folder: Path, settings: DataSettings, track: Track = silent_
     """Write the built-in data set in UCF101's layout: every class in `groups_per_class` groups.
 
     Of any six groups, the first two are the test clips of split 1, the next two of split 2, the last
-    of split 3, so that no clip is in both lists of a split.
+    of split 3, so that no clip is in both lists of a split. ValueError unless `size` is square.
     """
+    height, width = height_and_width(settings.size)
+    if height != width:
+        raise ValueError(f"data.size is {height} x {width}, but synthetic clips are square; give one side")
     files = [(label, group) for label in ALL_LABELS for group in range(settings.groups_per_class)]
     with ProcessPoolExecutor(2) as pool:
         jobs = pool.map(_write_one, files, repeat(folder), repeat(settings), chunksize=32)
@@ -58,7 +61,7 @@ def _file_name(label: Label, group: int) -> str:
 def _write_one(file: tuple[Label, int], folder: Path, settings: DataSettings) -> None:
     label, group = file
     rng = np.random.default_rng((settings.seed, 101, ALL_LABELS.index(label), group))
-    clip = render_clip(label, rng, frames=settings.frames, size=settings.size)
+    clip = render_clip(label, rng, frames=settings.frames, size=height_and_width(settings.size)[0])
     target = folder / "UCF-101" / label.class_name / _file_name(label, group)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_video(target, clip, fps=SYNTHETIC_FPS, codec="mpeg4", crf=settings.quantiser)

@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from vdmini_core.settings import height_and_width
+
 Frames = npt.NDArray[np.uint8]
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".gif")
@@ -17,12 +19,13 @@ class UnreadableVideo(ValueError):
     """The file is no video, is damaged, or is shorter than the clip asked for."""
 
 
-def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: int) -> Frames:
-    """Decode the first `frames` frames at `fps` (None: the file's own), uint8 [T, size, size, 3].
+def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: int | tuple[int, int]) -> Frames:
+    """Decode the first `frames` frames at `fps` (None: the file's own), uint8 [T, H, W, 3].
 
-    Frames are taken at the nearest earlier source frame of each output time. The short side is
-    resized to `size` (area averaging when shrinking), then the centre is cropped.
+    Frames are taken at the nearest earlier source frame of each output time. They are resized (area
+    averaging when shrinking) just to cover `size`, a side or height and width; then the centre is cropped.
     """
+    sides = height_and_width(size)
     name = str(source) if isinstance(source, Path) else "video stream"
     try:
         with av.open(source if not isinstance(source, Path) else str(source)) as container:
@@ -37,7 +40,7 @@ def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: 
             picked: list[Frames] = []
             for index, frame in enumerate(container.decode(stream)):
                 while len(picked) < frames and wanted[len(picked)] == index:
-                    picked.append(_fit(frame.to_ndarray(format="rgb24"), size))
+                    picked.append(_fit(frame.to_ndarray(format="rgb24"), *sides))
                 if len(picked) == frames:
                     break
     except (av.FFmpegError, OSError) as error:
@@ -64,13 +67,13 @@ def write_video(
         output.mux(stream.encode())
 
 
-def _fit(frame: Frames, size: int) -> Frames:
-    height, width = frame.shape[:2]
-    if (height, width) == (size, size):
+def _fit(frame: Frames, height: int, width: int) -> Frames:
+    own_height, own_width = frame.shape[:2]
+    if (own_height, own_width) == (height, width):
         return frame
-    scale = size / min(height, width)
-    new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
+    scale = max(height / own_height, width / own_width)
+    new_height, new_width = max(height, round(own_height * scale)), max(width, round(own_width * scale))
     mode = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     resized = cv2.resize(frame, (new_width, new_height), interpolation=mode)
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return np.asarray(resized[top : top + size, left : left + size], np.uint8)
+    top, left = (new_height - height) // 2, (new_width - width) // 2
+    return np.asarray(resized[top : top + height, left : left + width], np.uint8)

@@ -39,12 +39,15 @@ def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Co
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),
         flops=counter.get_total_flops(),
-        unit_parameters={
-            u.name: sum(p.numel() for path in u.modules for p in model.get_submodule(path).parameters())
-            for u in denoiser.units
-        },
+        unit_parameters=unit_parameters(denoiser),
         unit_flops={u.name: sum(counts.get(prefix + path, 0) for path in u.modules) for u in denoiser.units},
     )
+
+
+def unit_parameters(denoiser: Denoiser) -> dict[str, int]:
+    """Parameters of every unit by name."""
+    parts = {unit.name: map(denoiser.model.get_submodule, unit.modules) for unit in denoiser.units}
+    return {name: sum(p.numel() for part in modules for p in part.parameters()) for name, modules in parts.items()}
 
 
 def synchronise(device: torch.device) -> None:

@@ -10,10 +10,15 @@ from vdmini_core.models.graph import Condition, Denoiser, IllegalPlan, Unit
 from vdmini_core.models.loading import UnusableModel, class_name
 from vdmini_core.models.pipeline import ROLES, Noise, Pipeline
 from vdmini_core.models.svd import SVD
+from vdmini_core.models.text import TextToVideoUNet, Wan
 from vdmini_core.models.transformer import TRANSFORMERS, TransformerDenoiser, load_transformer
 from vdmini_core.models.unet import UNET_CLASSES, UNetDenoiser, load_unet
 
-PIPELINES: dict[str, type[Pipeline]] = {"StableVideoDiffusionPipeline": SVD}
+PIPELINES: dict[str, type[Pipeline]] = {
+    "StableVideoDiffusionPipeline": SVD,
+    "TextToVideoSDPipeline": TextToVideoUNet,
+    "WanPipeline": Wan,
+}
 
 __all__ = [
     "PIPELINES",
@@ -24,10 +29,12 @@ __all__ = [
     "IllegalPlan",
     "Noise",
     "Pipeline",
+    "TextToVideoUNet",
     "TransformerDenoiser",
     "UNetDenoiser",
     "Unit",
     "UnusableModel",
+    "Wan",
     "load_denoiser",
     "load_pipeline",
     "pipeline_class",

@@ -109,12 +109,27 @@ class Denoiser(ABC):
 
         The new network's units are numbered anew; `surviving` gives the correspondence.
         """
+        skeleton, _, (cls, config) = self._trimmed_copy(names)
+        return type(self)(rebuild(cls, config, {name: w.detach().clone() for name, w in skeleton.state_dict().items()}))
+
+    def surviving_modules(self, names: Iterable[str]) -> dict[str, str]:
+        """Path of every module, in a unit or not, that is left when `names` are removed -> its path in the student."""
+        skeleton, copies, _ = self._trimmed_copy(names)
+        left = {id(module): path for path, module in skeleton.named_modules()}
+        found = {path: left.get(id(copies[id(module)])) for path, module in self.model.named_modules()}
+        return {path: now for path, now in found.items() if now is not None}
+
+    def _trimmed_copy(self, names: Iterable[str]) -> tuple[nn.Module, dict[int, Any], tuple[type[Any], dict[str, Any]]]:
+        """The network without the units, sharing our weights; id of our module -> its copy; class and config."""
         removed = set(expand(names, self.units))
         self.check(removed)
-        ours = {id(tensor): tensor for tensor in itertools.chain(self.model.parameters(), self.model.buffers())}
-        skeleton = copy.deepcopy(self.model, memo=ours)
-        cls, config = self.trimmed(skeleton, removed)
-        return type(self)(rebuild(cls, config, {name: w.detach().clone() for name, w in skeleton.state_dict().items()}))
+        copies: dict[int, Any] = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        skeleton = copy.deepcopy(self.model, memo=copies)
+        return skeleton, copies, self.trimmed(skeleton, removed)
+
+    def stock_form(self) -> Any:
+        """The same function as a model of a stock diffusers class, or None where none can say it."""
+        return self.model
 
     def on_meta(self) -> Self:
         """The same graph without weights, for counting."""
@@ -123,8 +138,8 @@ class Denoiser(ABC):
     def removable_with(self, name: str) -> tuple[tuple[str, ...], ...]:
         """The smallest legal removals that take this unit out: what has to go with it, () for nothing.
 
-        Looks at the unit alone, then with one other unit, then with all of its block, and of any other
-        block; empty where every one of these is illegal (it would need a projection).
+        Looks at the unit alone, then with one other unit, then with whole stages; no answer contains another.
+        Empty where all of these are illegal: the unit has to stay, or needs a projection in its place.
         """
         unit = next(u for u in self.units if u.name == name)
         others = [u.name for u in self.units if u.name != name]
@@ -136,7 +151,7 @@ class Denoiser(ABC):
         for candidates in tried:
             legal = [extra for extra in candidates if self._is_legal({name, *extra})]
             if legal:
-                return tuple(legal)
+                return tuple(extra for extra in legal if not any(set(other) < set(extra) for other in legal))
         return ()
 
     def _stage_removals(self, unit: Unit) -> list[tuple[str, ...]]:
@@ -185,19 +200,23 @@ def rebuild(cls: type[Any], config: Mapping[str, Any], weights: Mapping[str, Ten
 
 @contextmanager
 def answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context `module(...)` answers `forward(...)`."""
+    """Within the context `module(...)` answers `forward(...)`; contexts may be nested."""
+    own = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
-def first_argument(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Stands in for a module that passes its input on."""
-    return hidden_states
+def first_argument(*args: Any, **named: Any) -> Tensor:
+    """Stands in for a module that passes its input on, whatever the caller names it."""
+    return args[0] if args else next(iter(named.values()))  # type: ignore[no-any-return]
 
 
-def first_argument_in_tuple(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+def first_argument_in_tuple(*args: Any, **named: Any) -> tuple[Tensor]:
     """The same, where the caller unpacks `[0]`."""
-    return (hidden_states,)
+    return (first_argument(*args, **named),)

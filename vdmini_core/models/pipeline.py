@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from vdmini_core.artifacts import Record, read_json
 from vdmini_core.diffusion.process import Process
 from vdmini_core.models.graph import Condition, Denoiser
 from vdmini_core.settings import EncodeSettings
@@ -16,6 +18,14 @@ ROLES = ("denoiser", "vae", "conditioner")
 
 Noise = Callable[[int], Tensor]
 """noise(k) is the k-th draw of standard normal noise [B, C, T, h, w]; 0 is where sampling starts."""
+
+
+class ClipShape(Record):
+    """vdmini.json in a pipeline folder: the clips that the model was made for."""
+
+    frames: int = Field(gt=0)
+    height: int = Field(gt=0, description="pixels, as width")
+    width: int = Field(gt=0)
 
 
 class Pipeline(ABC):
@@ -28,6 +38,8 @@ class Pipeline(ABC):
     """Role -> the subfolders of the pipeline that hold its weights."""
     files: ClassVar[tuple[str, ...]]
     """Further files that the pipeline cannot do without."""
+    conditioned_on: ClassVar[Literal["image", "text"]]
+    """What a user gives to have a clip made."""
     process: Process
 
     def __init__(self, folder: Path, models: dict[str, Any]) -> None:
@@ -37,6 +49,7 @@ class Pipeline(ABC):
     @classmethod
     def load(cls, folder: Path, roles: Iterable[str] = ROLES, device: torch.device | str = "cpu") -> Self:
         """Load the named roles of a pipeline folder in float32; UnusableModel names what is missing."""
+        cls(folder, {})  # what its settings rule out is refused before gigabytes are read
         wanted = set(roles)
         names = [name for role in ROLES if role in wanted for name in cls.folders[role]]
         return cls(folder, {name: cls.load_part(name, folder / name, device) for name in names})
@@ -92,10 +105,48 @@ class Pipeline(ABC):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """C, T', h, w of a clip of so many frames and pixels."""
 
-    @abstractmethod
     def default_shape(self) -> tuple[int, int, int]:
-        """Frames, height and width that the model was made for."""
+        """Frames, height and width in pixels that the model was made for: what vdmini.json says, if it is there."""
+        file = self.folder / "vdmini.json"
+        if not file.is_file():
+            return self.stock_shape()
+        shape = read_json(file, ClipShape)
+        return shape.frames, shape.height, shape.width
+
+    @abstractmethod
+    def stock_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width in pixels that the stock pipeline makes unless told otherwise."""
 
     @abstractmethod
     def sample(self, denoiser: Denoiser, noise: Noise, condition: Condition, steps: int) -> Tensor:
         """Latents [B, C, T', h, w] with the folder's own scheduler settings, without classifier-free guidance."""
+
+
+class FramewisePipeline(Pipeline):
+    """A pipeline whose VAE encodes frame by frame and has one scaling factor, as Stable Diffusion's."""
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of a frame to one latent, in height and in width."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def encode(self, clips: Tensor) -> Tensor:
+        """Clips [B, 3, T, H, W] in [-1, 1] -> scaled latents [B, C, T, h, w], the posterior's mode."""
+        frames = clips.transpose(1, 2)
+        latents: Tensor = self.vae.encode(frames.flatten(0, 1).to(self.vae.device)).latent_dist.mode()
+        return (latents * self.vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, T, h, w] -> clips [B, 3, T, H, W] in [-1, 1], clip by clip."""
+        scaled = latents.transpose(1, 2) / self.vae.config.scaling_factor
+        return torch.stack([self.decode_frames(clip).transpose(0, 1) for clip in scaled]).float().clamp(-1, 1)
+
+    def decode_frames(self, frames: Tensor) -> Tensor:
+        """The VAE's own latents of one clip [T, C, h, w] -> its frames [T, 3, H, W]."""
+        return self.vae.decode(frames).sample  # type: ignore[no-any-return]
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.pixels_per_latent
+        return int(self.vae.config.latent_channels), frames, height // factor, width // factor

@@ -10,21 +10,22 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
     _resize_with_antialiasing,
 )
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from vdmini_core.diffusion.process import VPrediction
 from vdmini_core.models.graph import Condition, Denoiser
 from vdmini_core.models.loading import UnusableModel, load_component
-from vdmini_core.models.pipeline import Noise, Pipeline
+from vdmini_core.models.pipeline import FramewisePipeline, Noise
 from vdmini_core.models.unet import load_unet
 from vdmini_core.settings import EncodeSettings
 
 
-class SVD(Pipeline):
+class SVD(FramewisePipeline):
     """`StableVideoDiffusionPipeline`: image to video, EDM with v-prediction."""
 
     folders: ClassVar = {"denoiser": ("unet",), "vae": ("vae",), "conditioner": ("image_encoder",)}
     files = ("scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json")
+    conditioned_on = "image"
     process = VPrediction()
 
     def __init__(self, folder: Path, models: dict[str, Any]) -> None:
@@ -45,13 +46,6 @@ class SVD(Pipeline):
         return load_component(kinds[name], folder).to(device)
 
     @torch.no_grad()
-    def encode(self, clips: Tensor) -> Tensor:
-        """Clips [B, 3, T, H, W] in [-1, 1] -> scaled latents [B, C, T, h, w], the posterior's mode."""
-        frames = clips.transpose(1, 2)
-        latents: Tensor = self.vae.encode(frames.flatten(0, 1).to(self.vae.device)).latent_dist.mode()
-        return (latents * self.vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
     def condition(
         self, images: Tensor, captions: Sequence[str], settings: EncodeSettings, generator: torch.Generator
     ) -> Condition:
@@ -63,7 +57,7 @@ class SVD(Pipeline):
         encoder = self._part("image_encoder")
         noise = torch.randn(images.shape, generator=generator)
         noisy = (images + settings.noise_augmentation * noise).to(self.vae.device)
-        processor = CLIPImageProcessor.from_pretrained(self.folder / "feature_extractor")
+        processor = CLIPImageProcessorPil.from_pretrained(self.folder / "feature_extractor")
         pixels = processor(
             images=(_resize_with_antialiasing(images, (224, 224)) + 1) / 2,
             do_normalize=True,
@@ -78,22 +72,12 @@ class SVD(Pipeline):
             "added_time_ids": added_time_ids(settings).expand(len(images), -1).to(self.vae.device),
         }
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, T, h, w] -> clips [B, 3, T, H, W] in [-1, 1], clip by clip."""
-        clips = []
-        for clip in latents:
-            frames = (clip / self.vae.config.scaling_factor).transpose(0, 1)
-            clips.append(self.vae.decode(frames, num_frames=len(frames)).sample.transpose(0, 1))
-        return torch.stack(clips).float().clamp(-1, 1)
+    def decode_frames(self, frames: Tensor) -> Tensor:
+        return self.vae.decode(frames, num_frames=len(frames)).sample  # type: ignore[no-any-return]
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return int(self.vae.config.latent_channels), frames, height // factor, width // factor
-
-    def default_shape(self) -> tuple[int, int, int]:
+    def stock_shape(self) -> tuple[int, int, int]:
         config = self.denoiser.model.config
-        side = config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = config.sample_size * self.pixels_per_latent
         return int(config.num_frames), side, side
 
     @torch.no_grad()

@@ -17,7 +17,6 @@ A condition holds, clips first, embeddings in the latents' dtype and numbers in 
 Wan 2.2's times per token are not covered.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +42,10 @@ from vdmini_core.models.graph import (
     IllegalPlan,
     Unit,
     config_of,
-    empty,
     expand,
     first_argument,
 )
-from vdmini_core.models.loading import UnusableModel, class_name, load_component
+from vdmini_core.models.loading import class_name, load_component
 
 ENCODER_STAGES = 4
 LTX_COMPRESSION = 8, 32, 32
@@ -295,14 +293,3 @@ def load_transformer(
     """Load a transformer's folder, a teacher's or a student's: both are stock diffusers checkpoints."""
     stock = TRANSFORMERS[class_name(folder, TRANSFORMERS)].stock
     return TransformerDenoiser(load_component(stock, folder, dtype).to(device))
-
-
-def published(name: str) -> TransformerDenoiser:
-    """A published model (configs/<name>.json) without weights, on the meta device, for counting."""
-    folder = Path(__file__).parent / "configs"
-    known = sorted(path.stem for path in folder.glob("*.json"))
-    if name not in known:
-        raise UnusableModel(f"there is no config of {name!r}; expected one of {', '.join(known)}")
-    config = json.loads((folder / f"{name}.json").read_text())
-    stock = TRANSFORMERS[config.pop("_class_name")].stock
-    return TransformerDenoiser(empty(stock, config).to("meta").eval())

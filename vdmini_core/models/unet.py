@@ -30,6 +30,7 @@ from vdmini_core.models.graph import (
     expand,
     first_argument,
     first_argument_in_tuple,
+    rebuild,
 )
 from vdmini_core.models.loading import class_name, load_component
 
@@ -118,12 +119,24 @@ class UNetDenoiser(Denoiser):
         return answers
 
     def _silent(self, chosen: set[str]) -> dict[str, Callable[..., Any]]:
-        """Also the samplers of inner stages that fall silent as a whole."""
+        """Also the samplers of inner stages that fall silent as a whole.
+
+        Within them nothing changes the width either, if they give back the one they are given.
+        """
         silent = super()._silent(chosen)
-        for stage in self._inner_stages(chosen):
+        gone = self._inner_stages(chosen)
+        for stage in gone:
             silent[f"down_blocks.{stage - 1}.downsamplers.0"] = first_argument
             silent[f"up_blocks.{self.stages - 1 - stage}.upsamplers.0"] = first_argument
+        if gone and (width := self._width_before(min(gone))) == self._width_before(min(gone) + 1):
+            inner = [path for unit in self.units if unit.depth >= min(gone) for path in unit.modules]
+            silent |= {path: _leading(width) for path in inner if path.split(".")[-2] == "resnets"}
         return silent
+
+    def _width_before(self, stage: int) -> int:
+        """Channels of the hidden state that enters a stage."""
+        outer = [unit for unit in self.units if unit.depth < stage and unit.block.startswith("D")]
+        return int(self._resnet(outer[-1]).out_channels if outer else self.model.conv_in.out_channels)
 
     def _inner_stages(self, removed: set[str]) -> list[int]:
         """Stages, deepest first, that go as a whole: every pair of theirs and everything deeper."""
@@ -229,7 +242,8 @@ class UNetDenoiser(Denoiser):
         stages, layers = len(model.down_blocks), tuple(len(block.resnets) for block in model.down_blocks)
         changed: dict[str, Any] = {"layers_per_block": layers[0] if len(set(layers)) == 1 else layers}
         for key, value in config.items():
-            if isinstance(value, (list, tuple)) and len(value) == self.stages and key != "layers_per_block":
+            per_stage = isinstance(value, (list, tuple)) and len(value) == self.stages
+            if per_stage and key not in ("layers_per_block", "sample_size"):
                 from_the_end = key == "up_block_types" or key.startswith("reverse_")
                 changed[key] = tuple(value)[self.stages - stages :] if from_the_end else tuple(value)[:stages]
         return {**config, **changed}
@@ -238,27 +252,24 @@ class UNetDenoiser(Denoiser):
         """The same function as a model of the stock class, or None where its config cannot say it.
 
         A U-Net without a mid block gets one that is an exact identity: all its weights are zero, so
-        every residual branch ends in nothing.
+        every residual branch ends in nothing. The other weights are shared with this network.
         """
         if type(self.model) is self.row.stock:
             return self.model
         config = {key: value for key, value in config_of(self.model).items() if key != "removed_units"}
-        original = UNetDenoiser(empty(self.row.stock, config))
-        stock = original._stock_config(self.model, config)
+        if config.get("mid_block_scale_factor", 1) != 1:  # the mid block would divide what it passes on
+            return None
+        stock = UNetDenoiser(empty(self.row.stock, config))._stock_config(self.model, config)
         try:
-            model = empty(self.row.stock, stock)
+            shapes = _shapes(empty(self.row.stock, stock))
         except (ValueError, TypeError, NotImplementedError):
             return None
-        weights, shapes = self.model.state_dict(), {name: w.shape for name, w in model.state_dict().items()}
-        lacking = {name for name in shapes if name not in weights}
-        if not all(name.startswith("mid_block.") for name in lacking) or _shapes(self.model) != {
-            name: shape for name, shape in shapes.items() if name not in lacking
-        }:
+        weights = self.model.state_dict()
+        lacking = {name: shapes.pop(name) for name in shapes.keys() - weights.keys()}
+        if shapes != _shapes(self.model) or not all(name.startswith("mid_block.") for name in lacking):
             return None
         some = next(iter(weights.values()))
-        zeros = {name: torch.zeros(shapes[name], dtype=some.dtype, device=some.device) for name in lacking}
-        model.load_state_dict({**weights, **zeros}, assign=True)
-        return model.eval().requires_grad_(False)
+        return rebuild(self.row.stock, stock, weights | {name: some.new_zeros(size) for name, size in lacking.items()})
 
     def surviving(self, names: Iterable[str]) -> dict[str, str]:
         """Teacher unit -> student unit for every unit kept when `names` are removed."""
@@ -364,6 +375,12 @@ def _call_text(model: Any, latents: Tensor, time: Tensor, condition: Condition) 
     return model(latents, time, condition["text"], timestep_cond=guidance, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
+def _call_motion(model: Any, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """The same; this class wants the text once a frame."""
+    text = condition["text"].repeat_interleave(latents.shape[2], 0)
+    return _call_text(model, latents, time, {**condition, "text": text})
+
+
 UNETS = (
     UNetRow(
         stock=UNetSpatioTemporalConditionModel,
@@ -384,7 +401,7 @@ UNETS = (
         parts=("resnets", "attentions", "motion_modules"),
         unpacked=frozenset({"attentions"}),
         mid_tail="resnets",
-        call=_call_text,
+        call=_call_motion,
     ),
 )
 UNET_CLASSES = {cls.__name__: cls for row in UNETS for cls in (row.stock, STUDENTS[row.stock])}
@@ -413,9 +430,11 @@ def _shortcut(resnet: Any, hidden_width: int) -> Callable[..., Tensor]:
     The hidden part of its input, if its width is the block's own; else its 1 x 1 shortcut of all of it.
     """
 
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        if hidden_width == resnet.out_channels:
-            return hidden_states[:, :hidden_width]
-        return resnet.conv_shortcut(hidden_states)  # type: ignore[no-any-return]
+    if hidden_width == resnet.out_channels:
+        return _leading(hidden_width)
+    return lambda *args, **named: resnet.conv_shortcut(first_argument(*args, **named))
 
-    return forward
+
+def _leading(width: int) -> Callable[..., Tensor]:
+    """The first `width` channels of the input: the hidden state without the skip that is joined to it."""
+    return lambda *args, **named: first_argument(*args, **named)[:, :width]

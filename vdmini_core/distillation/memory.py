@@ -1,0 +1,61 @@
+"""What distillation would need in memory: one real training step, on the meta device."""
+
+import itertools
+
+import torch
+
+from vdmini_core.data.latents import CONDITION
+from vdmini_core.diffusion.process import VPrediction
+from vdmini_core.distillation.heads import Discriminator
+from vdmini_core.distillation.icmd import ICMD
+from vdmini_core.evaluation.activations import AsOnAccelerator, saved_storages, storages_of, total_bytes
+from vdmini_core.models import Condition, Denoiser
+from vdmini_core.settings import DistillSettings
+
+WEIGHT = 4  # bytes: the training loop keeps float32
+
+
+def distillation_memory(
+    teacher: Denoiser,
+    student: Denoiser,
+    matches: dict[str, str],
+    settings: DistillSettings,
+    latents: torch.Tensor,
+    condition: Condition,
+) -> dict[str, int]:
+    """Bytes by purpose, for networks and a batch on the meta device.
+
+    Activations are the student's turn of a step in which every loss counts, the fullest moment: what the
+    teacher left for it, and what autograd saves for its backward pass.
+    """
+    meta = torch.device("meta")
+    with meta:
+        heads = Discriminator(teacher.encoder_widths())
+    teacher.model.requires_grad_(False)
+    heads.requires_grad_(False)
+    student.model.train().requires_grad_(True)
+    # Which noise algebra it is makes no difference to the bytes.
+    step = ICMD(teacher, student, heads, matches, VPrediction(), settings, meta)
+    batch = {"latents": torch.zeros(latents.shape), **{CONDITION + name: value for name, value in condition.items()}}
+    position = settings.discriminator.warmup_steps + settings.discriminator.ramp_steps + 1
+    with AsOnAccelerator(settings.loop.precision == "bf16"):
+        state = step.prepare(batch, torch.Generator().manual_seed(0), position)
+        weights = itertools.chain(*(module.parameters() for module in (teacher.model, student.model, heads)))
+        saved = saved_storages(lambda: step.student_loss(state), weights)
+    activations = total_bytes(storages_of(state) | saved)
+
+    of_teacher, of_student, of_heads = (_count(module) for module in (teacher.model, student.model, heads))
+    trained = of_student + (of_heads if settings.mca_weight > 0 else 0)
+    return {
+        "teacher_weights": WEIGHT * of_teacher,
+        "student_weights": WEIGHT * of_student,
+        "discriminator_weights": WEIGHT * of_heads,
+        "gradients": WEIGHT * max(of_student, trained - of_student),
+        "optimizer": 2 * WEIGHT * trained,
+        "ema": WEIGHT * trained,
+        "activations": activations,
+    }
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
