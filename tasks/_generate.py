@@ -55,7 +55,7 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(folder, device=device)
     default_frames, height, width = pipeline.default_shape()
-    first = torch.zeros(1, 3, height, width) if image is None else read_image(image, height)
+    first = torch.zeros(1, 3, height, width) if image is None else read_image(image, height, width)
     clip = generate_clip(
         pipeline, first, prompt or "", frames=frames or default_frames, steps=steps, seed=seed, told=EncodeSettings()
     )

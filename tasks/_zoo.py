@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vdmini_core.zoo.build import SETTINGS, TEACHER, build_zoo, corruption_table, write_manifest
+from vdmini_core.zoo.build import PARTS, SETTINGS, TEACHER, build_zoo, corruption_table, write_manifest
 
 
 def build(out: Path) -> None:
@@ -25,7 +25,8 @@ def build(out: Path) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     facts = {"command": "vdmini zoo", "commit": commit}
     settings = {part: values.model_dump(mode="json") for part, values in SETTINGS.items()}
-    write_manifest(out / TEACHER, {**facts, "settings": {k: v for k, v in settings.items() if k != "evaluator"}})
+    for teacher, parts in PARTS.items():
+        write_manifest(out / teacher, {**facts, "settings": {part: settings[part] for part in parts}})
     vae = load_component(AutoencoderKLTemporalDecoder, out / TEACHER / "vae")
     table = corruption_table(out / "evaluator", vae)
     write_manifest(out / "evaluator", {**facts, "settings": settings["evaluator"], "corruption_table": table})

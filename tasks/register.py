@@ -17,7 +17,7 @@ def run(context: Context) -> None:
     report = read_json(context.input("evaluate") / "report.json", EvaluationReport)
     plan = read_json(context.input("plan") / "plan.json", Plan)
     source = teacher_folder(context.input("teacher") / "teacher.json")
-    stock = context.params.prune.mid == "identity"
+    stock = context.params.register_.mid == "identity"
     model = export_pipeline(source, context.input("distill") / "denoiser", context.folder / "model", stock=stock)
     digest = folder_digest(model)
     provenance = context.provenance(teacher=teacher.digest, model=digest)

@@ -137,10 +137,14 @@ class UnitScore(Record):
 
 
 class SensitivityReport(Record):
-    """Bypass results of every block and pair, beside the intact teacher on the same seeds."""
+    """Bypass results of every block and pair, beside the intact teacher on the same seeds.
+
+    `teacher` judges the intact teacher on more clips, for the gates.
+    """
 
     protocol: dict[str, Any]
     protocol_digest: str
+    teacher: Quality
     baseline: Quality
     floor: Quality
     scores: tuple[UnitScore, ...]

@@ -98,6 +98,7 @@ class SensitivitySettings(SamplerSettings):
     """Bypass every block and every R-A pair, one at a time."""
 
     clips: int = Field(24, gt=1)
+    gate_clips: int = Field(64, gt=1, description="clips on which the intact teacher is judged fit, or all there are")
     latency_runs: int = Field(7, gt=0)
 
 
@@ -113,11 +114,6 @@ class PruneSettings(Settings):
     """Physical removal; weights are inherited."""
 
     dtype: Literal["float32", "float16"] = "float32"
-    mid: Literal["none", "identity"] = Field(
-        "none",
-        description="the exported U-Net where the plan removes M. none: smallest, needs vdmini installed to load; "
-        "identity: a stock diffusers checkpoint whose mid block does nothing",
-    )
 
 
 class DiscriminatorSettings(Settings):
@@ -155,6 +151,11 @@ class RegisterSettings(Settings):
 
     name: str = "vdmini"
     alias: str = "champion"
+    mid: Literal["none", "identity"] = Field(
+        "none",
+        description="the exported U-Net where the plan removes M. none: smallest, needs vdmini installed to load; "
+        "identity: a stock diffusers checkpoint whose mid block does nothing",
+    )
     min_parameter_reduction: float = Field(0.2, ge=0, lt=1)
     min_content_accuracy: float = Field(0.0, ge=0, le=1)
     min_motion_accuracy: float = Field(0.0, ge=0, le=1)

@@ -128,5 +128,5 @@ def test_chosen_clips_spread_over_classes_and_depend_on_the_seed(synthetic: Path
 
 
 def test_synthetic_clips_are_square(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data.size is 32 x 64, but synthetic clips are square; give one side"):
+    with pytest.raises(ValueError, match=r"data\.size is 32 x 64, but synthetic clips are square; give one side"):
         write_synthetic(tmp_path, DataSettings(frames=2, size=(32, 64)))

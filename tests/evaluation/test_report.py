@@ -98,6 +98,7 @@ def make_sensitivity(*, labelled: bool = True, gates: dict[str, bool] | None = N
     return SensitivityReport(
         protocol={"clips": 24},
         protocol_digest="dd44",
+        teacher=quality(content, motion, (0.15, 0.25), 64),
         baseline=quality(content, motion, (0.15, 0.25), 24),
         floor=quality(content, motion, (0.05, 0.06), 24),
         scores=(

@@ -124,7 +124,7 @@ def test_a_stock_export_of_a_student_that_is_stock_already_changes_nothing(
 
 def test_a_student_that_no_stock_config_can_say_is_refused_by_name(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     save_denoiser(new_unet_of(TEXT_3D).without(["D.0.1", "U.3.1"]), tmp_path / "unet")
-    told = r"is a VDMiniUNet3D, and no config of UNet3DConditionModel says .*; set prune\.mid to none"
+    told = r"is a VDMiniUNet3D, and no config of UNet3DConditionModel says .*; set register\.mid to none"
     with pytest.raises(IllegalPlan, match=told):
         export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / "model", stock=True)
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
@@ -144,7 +144,7 @@ def test_an_image_is_resized_by_its_short_side_and_cropped(tmp_path: Path) -> No
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = read_image(tmp_path / "a.png", 16)
+    image = read_image(tmp_path / "a.png", 16, 16)
     assert image.shape == (1, 3, 16, 16)
     assert image[..., 2:-2].min() > 0.9
     assert image.abs().max() <= 1
@@ -153,4 +153,4 @@ def test_an_image_is_resized_by_its_short_side_and_cropped(tmp_path: Path) -> No
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match=r"a\.png is no readable image"):
-        read_image(tmp_path / "a.png", 16)
+        read_image(tmp_path / "a.png", 16, 16)

@@ -60,7 +60,9 @@ def test_a_block_costs_what_its_pairs_cost(report: SensitivityReport) -> None:
 
 
 def test_the_table_has_a_row_for_the_baseline_and_every_score(report: SensitivityReport) -> None:
-    rows = sensitivity_table(report).splitlines()[2:]
+    *_, separator, gates = lines = sensitivity_table(report).splitlines()
+    assert (separator, gates[:18]) == ("", "Teacher gates (N =")
+    rows = lines[2:-2]
     assert [row.split("|")[1].strip() for row in rows] == ["nothing", *(score.name for score in report.scores)]
 
 
@@ -87,7 +89,7 @@ def test_the_gates_want_an_accurate_teacher_and_one_deep_block_that_matters(
     baseline: Quality, gates: dict[str, bool]
 ) -> None:
     scores = [score("D.2", quality(0.9, 0.7)), score("U.1", quality(0.9, 0.9)), score("D.0", quality(0, 0))]
-    assert teacher_gates(baseline, scores) == gates
+    assert teacher_gates(baseline, baseline, scores) == gates
 
 
 @pytest.mark.parametrize("harmful", ["D.2", "U.1"])
@@ -95,15 +97,15 @@ def test_the_gates_want_an_accurate_teacher_and_one_deep_block_that_matters(
 def test_either_deep_block_and_either_accuracy_is_enough(harmful: str, judged: Quality) -> None:
     harmless = quality(0.95, 0.95)
     scores = [score(name, judged if name == harmful else harmless) for name in ("D.2", "U.1")]
-    assert teacher_gates(harmless, scores)[DEEP]
+    assert teacher_gates(harmless, harmless, scores)[DEEP]
 
 
 def test_a_loss_elsewhere_is_no_deep_block_and_without_deep_blocks_there_is_no_such_gate() -> None:
     harmless = quality(0.95, 0.95)
     scores = [score("D.0", quality(0, 0)), score("D.2", harmless), score("U.1", harmless)]
-    assert teacher_gates(harmless, scores)[DEEP] is False
-    assert DEEP not in teacher_gates(harmless, scores[:1])
+    assert teacher_gates(harmless, harmless, scores)[DEEP] is False
+    assert DEEP not in teacher_gates(harmless, harmless, scores[:1])
 
 
 def test_there_are_no_gates_for_clips_without_labels() -> None:
-    assert teacher_gates(quality(None, None), [score("D.2", quality(None, None))]) == {}
+    assert teacher_gates(quality(None, None), quality(None, None), [score("D.2", quality(None, None))]) == {}

@@ -30,6 +30,11 @@ class Judged:
     def __len__(self) -> int:
         return len(self.content)
 
+    def first(self, count: int) -> "Judged":
+        """The first `count` clips."""
+        right = None if self.right is None else self.right[:count]
+        return Judged(self.content[:count], self.motion[:count], right)
+
 
 @torch.no_grad()
 def judge(batches: Iterator[tuple[Tensor, Tensor]], evaluator: Evaluator) -> Judged:

@@ -232,14 +232,19 @@ def _sensitivity(report: SensitivityReport, plan: Plan) -> str:
     measure = "accuracy lost" if has_accuracies(report) else "rise of the toy Frechet distance (own evaluator)"
     description = f"Bars per block and per pair: {measure} in content and motion when bypassed, parameters, latency."
     figure = inline_svg(sensitivity_figure(report, plan.removed), "sensitivity", description)
-    base = report.baseline
+    base, teacher = report.baseline, report.teacher
+    judged = (
+        f"On {teacher.clips} clips: content {_percent(teacher.content_accuracy)}, "
+        f"motion {_percent(teacher.motion_accuracy)}."
+    )
     gates = "; ".join(f"{name}: {'passed' if ok else 'failed'}" for name, ok in report.teacher_gates.items())
     return (
         f"<p>Each unit of the intact teacher is bypassed alone, without training: {escape(measure)}, higher is worse. "
         f"The teacher itself on these {base.clips} clips: content {_percent(base.content_accuracy)}, "
         f"motion {_percent(base.motion_accuracy)}.</p>"
         f'<div class="plot wide scroll" tabindex="0" role="region" aria-label="Sensitivity plot">{figure}</div>'
-        f'<p class="quiet">Teacher gates: {escape(gates) or "none recorded"}. {escape(_chance_note([base]))}</p>'
+        f'<p class="quiet">Teacher gates: {escape(gates) or "none recorded"}. {judged} '
+        f"{escape(_chance_note([base]))}</p>"
         f"<details><summary>The same as a table</summary>{_scores_table(report)}</details>"
     )
 

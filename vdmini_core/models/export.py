@@ -41,6 +41,6 @@ def _stock_form(folder: Path) -> Any:
         cls = type(student.model)
         raise IllegalPlan(
             f"{folder} is a {cls.__name__}, and no config of {cls.__mro__[1].__name__} says what is left of it; set "
-            "prune.mid to none, or change the plan so that every stage keeps equally many pairs"
+            "register.mid to none, or change the plan so that every stage keeps equally many pairs"
         )
     return model

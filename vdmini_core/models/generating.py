@@ -4,23 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vdmini_core.models import Pipeline
 from vdmini_core.settings import EncodeSettings
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """An image file as [1, 3, size, size] in [-1, 1]: short side resized, centre cropped."""
+def read_image(path: Path, height: int, width: int) -> Tensor:
+    """An image file as [1, 3, height, width] in [-1, 1]: resized just to cover it, centre cropped."""
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} is no readable image: {error}") from None
-    scale = size / min(image.size)
-    width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 

@@ -14,21 +14,32 @@ from transformers import CLIPImageProcessor
 
 from vdmini_core.artifacts import file_digest, json_digest, write_json
 from vdmini_core.evaluation.evaluator import accuracies, load_evaluator, save_evaluator
-from vdmini_core.models import SVD, UNetDenoiser
+from vdmini_core.models import SVD, Pipeline, TransformerDenoiser, UNetDenoiser
 from vdmini_core.models.loading import load_component
+from vdmini_core.models.text import Wan
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
 from vdmini_core.zoo.clips import ClipSet, render_set, to_model_range
 from vdmini_core.zoo.evaluator import CORRUPTIONS, compress, corrupt, reconstruct, train_evaluator
 from vdmini_core.zoo.image_encoder import train_image_encoder
-from vdmini_core.zoo.teacher import closed_attention, encode_set, load_set, new_unet, save_set, train_teacher
-from vdmini_core.zoo.vae import new_temporal_vae, train_vae
+from vdmini_core.zoo.teacher import (
+    LatentSet,
+    closed_attention,
+    encode_set,
+    load_set,
+    new_unet,
+    save_set,
+    train_teacher,
+)
+from vdmini_core.zoo.text_to_video import CAPTIONS, new_transformer, write_text_parts, write_wan_parts
+from vdmini_core.zoo.vae import new_causal_vae, new_temporal_vae, train_vae
 
-TEACHER = "i2v-shapes"
-FRAMES, SIZE = 8, 64
+TEACHER, TEXT_TEACHER = "i2v-shapes", "t2v-shapes"
+FRAMES, TEXT_FRAMES, SIZE = 8, 9, 64
 # Clips of the four trainings and of the evaluator's test never share a seed.
 VAE_SEED, ENCODER_SEED, TEACHER_SEED, TEST_SEED = 1, 1, 3, 77
 EVALUATOR_SEEDS = (5, 6, 7)
+TEXT_VAE_SEED, TEXT_TEACHER_SEED = 11, 12
 
 SETTINGS = {
     "vae": LoopSettings(max_steps=1300, batch_size=4, warmup_steps=50, log_every=50, ema_decay=0.99),
@@ -49,7 +60,18 @@ SETTINGS = {
     "teacher_refined": LoopSettings(
         seed=2, max_steps=1600, batch_size=4, warmup_steps=50, decay_fraction=0.9, ema_decay=0.998
     ),
+    "causal_vae": LoopSettings(max_steps=1800, batch_size=2, warmup_steps=50, log_every=50, ema_decay=0.99),
+    "text_encoder": LoopSettings(
+        max_steps=300, batch_size=64, warmup_steps=20, log_every=50, ema_decay=0.98, precision="fp32"
+    ),
+    "text_teacher": LoopSettings(max_steps=5000, batch_size=4, decay_fraction=0.5, ema_decay=0.998),
 }
+
+PARTS = {
+    TEACHER: ("vae", "image_encoder", "teacher_closed", "teacher_opened", "teacher_refined"),
+    TEXT_TEACHER: ("causal_vae", "text_encoder", "text_teacher"),
+}
+"""The trainings that make each teacher."""
 
 # Learning rate, and how many of the outermost stages have their attention closed.
 TEACHER_RUNS = {"teacher_closed": (1e-3, 2), "teacher_opened": (8e-4, 0), "teacher_refined": (7e-4, 0)}
@@ -64,15 +86,13 @@ def build_zoo(
     track: Track = silent_track,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Train what `target` lacks. About 80 minutes on two CPU cores, minutes on a GPU."""
+    """Train what `target` lacks. About three hours on two CPU cores, minutes on a GPU."""
     teacher = target / TEACHER
     if not (teacher / "vae").is_dir():
         say("training the VAE")
         clips = render_set(4320, VAE_SEED, frames=FRAMES, size=SIZE)
-        train_vae(new_temporal_vae(), clips, SETTINGS["vae"], device, log, track).half().save_pretrained(
-            teacher / "vae"
-        )
-    vae = load_component(AutoencoderKLTemporalDecoder, teacher / "vae").to(device)
+        vae = train_vae(new_temporal_vae(), clips, SETTINGS["vae"], device, log, track)
+        vae.half().save_pretrained(teacher / "vae")
     if not (teacher / "image_encoder").is_dir():
         say("training the image encoder")
         clips = render_set(17280, ENCODER_SEED, frames=1, size=SIZE)
@@ -80,15 +100,13 @@ def build_zoo(
         encoder.half().save_pretrained(teacher / "image_encoder")
     if not (target / "evaluator").is_dir():
         say("training the evaluator")
+        vae = load_component(AutoencoderKLTemporalDecoder, teacher / "vae").to(device)
         build_evaluator(target / "evaluator", vae, device, log, track)
     write_fixed_parts(teacher)
     if not (teacher / "unet").is_dir():
-        say("training the teacher")
+        say("training the image-to-video teacher")
         pipeline = SVD.load(teacher, ("vae", "conditioner"), device)
-        file = scratch / "latents.safetensors"
-        if not file.is_file():
-            clips = render_set(6480, TEACHER_SEED, frames=FRAMES, size=SIZE)
-            save_set(encode_set(clips, [""] * len(clips), pipeline, TEACHER_SEED, FOREGROUND_WEIGHT, track), file)
+        data = _encoded(scratch / "i2v.safetensors", pipeline, TEACHER_SEED, FRAMES, track)
         torch.manual_seed(SETTINGS["teacher_closed"].seed)
         denoiser = UNetDenoiser(new_unet())
         for name, (learning_rate, closed_stages) in TEACHER_RUNS.items():
@@ -96,7 +114,7 @@ def build_zoo(
                 train_teacher(
                     denoiser,
                     pipeline.process,
-                    load_set(file),
+                    data,
                     SETTINGS[name],
                     device,
                     learning_rate=learning_rate,
@@ -106,6 +124,51 @@ def build_zoo(
                     track=track,
                 )
         denoiser.model.half().save_pretrained(teacher / "unet")
+    build_text_teacher(target / TEXT_TEACHER, scratch, device, log, track, say)
+
+
+def build_text_teacher(
+    teacher: Path, scratch: Path, device: torch.device, log: Log, track: Track, say: Callable[[str], None]
+) -> None:
+    """The text-to-video transformer: its causal VAE, text encoder and denoiser, as far as they are missing."""
+    write_wan_parts(teacher, TEXT_FRAMES, SIZE)
+    if not (teacher / "vae").is_dir():
+        say("training the causal VAE")
+        clips = render_set(4320, TEXT_VAE_SEED, frames=TEXT_FRAMES, size=SIZE)
+        vae = train_vae(new_causal_vae(), clips, SETTINGS["causal_vae"], device, log, track)
+        vae.half().save_pretrained(teacher / "vae")
+    if not (teacher / "text_encoder").is_dir():
+        say("training the text encoder")
+        write_text_parts(teacher, SETTINGS["text_encoder"], device, log, track)
+    if not list((teacher / "transformer").glob("*.safetensors")):
+        say("training the text-to-video teacher")
+        settings = SETTINGS["text_teacher"]
+        torch.manual_seed(settings.seed)
+        denoiser = TransformerDenoiser(new_transformer())
+        denoiser.model.save_config(teacher / "transformer")
+        pipeline = Wan.load(teacher, ("vae", "conditioner"), device)
+        data = _encoded(scratch / "t2v.safetensors", pipeline, TEXT_TEACHER_SEED, TEXT_FRAMES, track)
+        train_teacher(
+            denoiser,
+            pipeline.process,
+            data,
+            settings,
+            device,
+            checkpoints=scratch / "text_teacher",
+            fingerprint=json_digest(settings),
+            log=log,
+            track=track,
+        )
+        denoiser.model.half().save_pretrained(teacher / "transformer")
+
+
+def _encoded(file: Path, pipeline: Pipeline, seed: int, frames: int, track: Track) -> LatentSet:
+    """A teacher's encoded training clips, kept in the scratch folder between sessions."""
+    if not file.is_file():
+        clips = render_set(6480, seed, frames=frames, size=SIZE)
+        captions = [CAPTIONS[index % len(CAPTIONS)] for index in range(len(clips))]
+        save_set(encode_set(clips, captions, pipeline, seed, FOREGROUND_WEIGHT, track), file)
+    return load_set(file)
 
 
 def write_fixed_parts(teacher: Path) -> None:
