@@ -40,6 +40,7 @@ FRAMES, TEXT_FRAMES, SIZE = 8, 9, 64
 VAE_SEED, ENCODER_SEED, TEACHER_SEED, TEST_SEED = 1, 1, 3, 77
 EVALUATOR_SEEDS = (5, 6, 7)
 TEXT_VAE_SEED, TEXT_TEACHER_SEED = 11, 12
+COMPRESSED_SEED = 31
 
 SETTINGS = {
     "vae": LoopSettings(max_steps=1300, batch_size=4, warmup_steps=50, log_every=50, ema_decay=0.99),
@@ -60,6 +61,10 @@ SETTINGS = {
     "teacher_refined": LoopSettings(
         seed=2, max_steps=1600, batch_size=4, warmup_steps=50, decay_fraction=0.9, ema_decay=0.998
     ),
+    # Half of its clips are MPEG-4 encoded, as those of the data stage are.
+    "teacher_tuned": LoopSettings(
+        seed=3, max_steps=850, batch_size=4, warmup_steps=50, decay_fraction=0.9, ema_decay=0.997
+    ),
     "causal_vae": LoopSettings(max_steps=1800, batch_size=2, warmup_steps=50, log_every=50, ema_decay=0.99),
     "text_encoder": LoopSettings(
         max_steps=300, batch_size=64, warmup_steps=20, log_every=50, ema_decay=0.98, precision="fp32"
@@ -68,13 +73,18 @@ SETTINGS = {
 }
 
 PARTS = {
-    TEACHER: ("vae", "image_encoder", "teacher_closed", "teacher_opened", "teacher_refined"),
+    TEACHER: ("vae", "image_encoder", "teacher_closed", "teacher_opened", "teacher_refined", "teacher_tuned"),
     TEXT_TEACHER: ("causal_vae", "text_encoder", "text_teacher"),
 }
 """The trainings that make each teacher."""
 
 # Learning rate, and how many of the outermost stages have their attention closed.
-TEACHER_RUNS = {"teacher_closed": (1e-3, 2), "teacher_opened": (8e-4, 0), "teacher_refined": (7e-4, 0)}
+TEACHER_RUNS = {
+    "teacher_closed": (1e-3, 2),
+    "teacher_opened": (8e-4, 0),
+    "teacher_refined": (7e-4, 0),
+    "teacher_tuned": (6e-4, 0),
+}
 FOREGROUND_WEIGHT = 5.0
 
 
@@ -107,6 +117,7 @@ def build_zoo(
         say("training the image-to-video teacher")
         pipeline = SVD.load(teacher, ("vae", "conditioner"), device)
         data = _encoded(scratch / "i2v.safetensors", pipeline, TEACHER_SEED, FRAMES, track)
+        mixed = _with_compressed(scratch / "i2v-mixed.safetensors", data, pipeline, track)
         torch.manual_seed(SETTINGS["teacher_closed"].seed)
         denoiser = UNetDenoiser(new_unet())
         for name, (learning_rate, closed_stages) in TEACHER_RUNS.items():
@@ -114,7 +125,7 @@ def build_zoo(
                 train_teacher(
                     denoiser,
                     pipeline.process,
-                    data,
+                    mixed if name == "teacher_tuned" else data,
                     SETTINGS[name],
                     device,
                     learning_rate=learning_rate,
@@ -168,6 +179,18 @@ def _encoded(file: Path, pipeline: Pipeline, seed: int, frames: int, track: Trac
         clips = render_set(6480, seed, frames=frames, size=SIZE)
         captions = [CAPTIONS[index % len(CAPTIONS)] for index in range(len(clips))]
         save_set(encode_set(clips, captions, pipeline, seed, FOREGROUND_WEIGHT, track), file)
+    return load_set(file)
+
+
+def _with_compressed(file: Path, data: LatentSet, pipeline: Pipeline, track: Track) -> LatentSet:
+    """2,160 clips as they come out of a video file, and as many of `data`."""
+    if not file.is_file():
+        clips = compress(render_set(2160, COMPRESSED_SEED, frames=FRAMES, size=SIZE), seed=9, quantisers=(2, 4))
+        coded = encode_set(clips, [""] * len(clips), pipeline, COMPRESSED_SEED, FOREGROUND_WEIGHT, track)
+        count = len(coded)
+        condition = {name: torch.cat([value, data.condition[name][:count]]) for name, value in coded.condition.items()}
+        latents, weights = ((getattr(coded, name), getattr(data, name)[:count]) for name in ("latents", "weights"))
+        save_set(LatentSet(torch.cat(latents), condition, torch.cat(weights)), file)
     return load_set(file)
 
 
