@@ -4,12 +4,11 @@ from pathlib import Path
 
 from tasks._generate import model_folder
 from vdmini_core.artifacts import Plan, read_json
-from vdmini_core.models import pipeline_class
-from vdmini_core.models.lora import graph_of, map_lora_file
+from vdmini_core.models.lora import map_lora_file
+from vdmini_core.models.published import blueprint
 
 
 def convert(lora: Path, out: Path, plan: Path, teacher: str) -> tuple[int, list[str]]:
     """Write `out` for the student of the plan; how many weights it keeps, and which it lacks."""
-    folder = model_folder(teacher)
-    graph = graph_of(folder / pipeline_class(folder).denoiser_folder())
+    graph = blueprint(str(model_folder(teacher))).build()
     return map_lora_file(lora, out, graph, read_json(plan, Plan).removed)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import FRAMES, LATENT_SIZE, new_inputs
-from vdmini_core.evaluation.costs import count_costs, measure_latencies, measure_latency, measure_units
+from vdmini_core.evaluation.costs import count_costs, measure_latencies, measure_units
 from vdmini_core.models import Condition, UNetDenoiser
 
 Inputs = tuple[Tensor, Condition]
@@ -76,7 +76,7 @@ def test_latencies_are_taken_in_turn_and_the_warm_up_is_not_counted() -> None:
 
 
 def test_a_single_run_is_its_own_median() -> None:
-    latency = measure_latency(lambda: None, CPU, runs=1, warmup=0)
+    latency = measure_latencies({"": lambda: None}, CPU, runs=1, warmup=0)[""]
     assert latency.p10_ms == latency.median_ms == latency.p90_ms
     assert latency.runs == 1
 

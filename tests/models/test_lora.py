@@ -19,7 +19,8 @@ from tests.tiny import write_pipeline
 from vdmini_core.artifacts import write_json
 from vdmini_core.models import Denoiser, UNetDenoiser
 from vdmini_core.models.loading import UnusableModel
-from vdmini_core.models.lora import graph_of, map_lora, map_lora_file
+from vdmini_core.models.lora import map_lora, map_lora_file
+from vdmini_core.models.published import blueprint
 from vdmini_core.pruning.planning import paper_layout
 from vdmini_core.settings import PlanSettings
 
@@ -157,7 +158,7 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 def test_the_graph_of_a_folder_is_the_networks_without_its_weights(name: str, tmp_path: Path) -> None:
     for denoiser in (teacher := new_teacher(name), teacher.without(CASES[name])):
         denoiser.model.save_pretrained(tmp_path)
-        graph = graph_of(tmp_path)
+        graph = blueprint(str(tmp_path)).build()
         assert graph.units == denoiser.units
         assert type(graph.model) is type(denoiser.model)
         assert {tensor.device.type for tensor in graph.model.state_dict().values()} == {"meta"}

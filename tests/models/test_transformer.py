@@ -1,8 +1,5 @@
 """Video transformers: bypass and removal are the same function, and a student is a stock checkpoint."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.models import fresh
 from tests.models.tiny_transformers import answer_of, new_condition, new_latents, new_transformer
 from vdmini_core.models.graph import IllegalPlan
 from vdmini_core.models.loading import UnusableModel
@@ -142,23 +140,6 @@ def test_survivors_close_the_gaps_of_each_list() -> None:
     }
 
 
-STOCK = """
-import json, sys
-from pathlib import Path
-import diffusers, torch
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
-    model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    wrong = [info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs") if info[key]]
-    call = torch.load(folder / "call.pt", weights_only=True)
-    with torch.no_grad():
-        answer = model.eval()(**call["arguments"], return_dict=False)[0]
-    worst = (answer - call["answer"]).abs().max().item()
-    print(json.dumps([folder.name, wrong, worst]))
-    assert not any(name.startswith("vdmini") for name in sys.modules)
-"""
-
-
 @pytest.fixture(scope="module")
 def saved_students(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder per class: a student, and a call of it with what it answered."""
@@ -169,16 +150,16 @@ def saved_students(tmp_path_factory: pytest.TempPathFactory) -> Path:
         arguments = student.arguments(new_latents(), TIME, new_condition())
         with torch.no_grad():
             answer = student.model(**arguments, return_dict=False)[0]
-        torch.save({"arguments": arguments, "answer": answer}, root / name / "call.pt")
+        keywords = {**arguments, "return_dict": False}
+        torch.save({"args": (), "keywords": keywords, "answer": answer}, root / name / "call.pt")
     return root
 
 
 def test_stock_diffusers_alone_reloads_every_student_in_a_fresh_process(saved_students: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", STOCK, saved_students], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in results] == sorted(TRANSFORMERS)
-    for name, wrong, worst in results:
+    results = fresh.stock_answers(saved_students)
+    assert sorted(results) == sorted(TRANSFORMERS)
+    for name, (cls, wrong, worst) in results.items():
+        assert cls == name
         assert wrong == [], name
         assert worst < 1e-5, name
 

@@ -1,9 +1,6 @@
 """The contract of a U-Net, whatever its class: bypassed, removed, saved and reloaded it is the same function."""
 
 import itertools
-import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.models import fresh
 from tests.models.tiny_unets import CLASSES, MOTION, SVD, TEXT_3D, answer_of, inputs_of, new_unet_of
 from tests.tiny import EVEN, GROWING, new_unet, output_of
 from vdmini_core.models import IllegalPlan, UNetDenoiser, load_denoiser
@@ -216,21 +214,6 @@ def test_a_saved_student_reloads_with_every_key_and_the_same_output(case: str, t
     assert_same(answer_of(load_denoiser(tmp_path / "unet")), answer_of(student))
 
 
-STOCK = """
-import json, sys
-from pathlib import Path
-import diffusers, torch
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
-    model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    wrong = [info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs") if info[key]]
-    call = torch.load(folder / "call.pt", weights_only=True)
-    with torch.no_grad():
-        answer = model.eval()(*call["args"], **call["keywords"])[0]
-    worst = (answer - call["answer"]).abs().max().item()
-    print(json.dumps([folder.name, cls.__name__, wrong, worst]))
-    assert not any(name.startswith("vdmini") for name in sys.modules)
-"""
 UNIFORM = {
     "keeps the mid block": SECOND_PAIRS,
     "has fewer stages": tuple(unit for unit in SECOND_PAIRS if unit[:3] not in INNERMOST) + INNERMOST,
@@ -260,9 +243,7 @@ def stock_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[An
         stock.save_pretrained(root / case)
         answer = answer.transpose(1, 2) if name == SVD else answer  # the class's own layout
         torch.save({"args": args, "keywords": keywords, "answer": answer}, root / case / "call.pt")
-    done = subprocess.run([sys.executable, "-c", STOCK, root], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {case: found for case, *found in map(json.loads, done.stdout.splitlines())}
+    return fresh.stock_answers(root)
 
 
 @pytest.mark.parametrize("case", SAID_BY_STOCK)

@@ -1,4 +1,8 @@
-"""VideoCrafter2's U-Net becomes diffusers' own, weight for weight; anything less is refused."""
+"""VideoCrafter2's U-Net becomes diffusers' own, weight for weight; anything less is refused.
+
+tests/data/vc2_tiny.safetensors is a shrunken VideoCrafter2-layout checkpoint (motion guidance, random weights
+in float16) with inputs and the reference implementation's own output for them in float32.
+"""
 
 import json
 import math

@@ -56,11 +56,6 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_latency(call: Callable[[], object], device: torch.device, *, runs: int, warmup: int) -> Latency:
-    """Time `call` alone; median, 10th and 90th percentile in milliseconds."""
-    return measure_latencies({"": call}, device, runs=runs, warmup=warmup)[""]
-
-
 def measure_latencies(
     calls: dict[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int
 ) -> dict[str, Latency]:

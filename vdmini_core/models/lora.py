@@ -14,11 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vdmini_core.models import Denoiser, TransformerDenoiser, UNetDenoiser
-from vdmini_core.models.graph import empty
-from vdmini_core.models.loading import UnusableModel, class_name
-from vdmini_core.models.transformer import TRANSFORMERS
-from vdmini_core.models.unet import UNET_CLASSES
+from vdmini_core.models import Denoiser
+from vdmini_core.models.loading import UnusableModel
 
 OTHER_PARTS = re.compile(r"(text_encoder\w*|image_encoder|vae)\.")
 KEY = re.compile(r"(?P<part>unet\.|transformer\.|)(?P<layer>.+?)(?P<rest>\.(lora|alpha$|dora_scale$).*)")
@@ -67,15 +64,6 @@ def map_lora_file(source: Path, target: Path, teacher: Denoiser, removed: Iterab
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(kept, target, metadata=header)
     return len(kept), dropped
-
-
-def graph_of(folder: Path) -> Denoiser:
-    """The block graph of a denoiser's folder, on the meta device: its weights are not read."""
-    name = class_name(folder, (*UNET_CLASSES, *TRANSFORMERS))
-    config = json.loads((folder / "config.json").read_text())
-    if name in UNET_CLASSES:
-        return UNetDenoiser(empty(UNET_CLASSES[name], config).to("meta"))
-    return TransformerDenoiser(empty(TRANSFORMERS[name].stock, config).to("meta"))
 
 
 def _places(teacher: Denoiser, removed: Iterable[str]) -> dict[str, str | None]:

@@ -225,10 +225,10 @@ class UNetDenoiser(Denoiser):
     def trimmed(self, model: Any, removed: set[str]) -> tuple[type[Any], dict[str, Any]]:
         """A stock class where its config can say what is left, otherwise the subclass that lists what is gone."""
         delete_units(UNetDenoiser(model), removed)
-        config = {key: value for key, value in config_of(self.model).items() if key != "removed_units"}
+        config = self._teacher_config()
         if type(self.model) is self.row.stock and not isinstance(model.mid_block, NoMid):
             stock = self._stock_config(model, config)
-            if _fits(self.row.stock, stock, model):
+            if _shapes_of(self.row.stock, stock) == _shapes(model):
                 return self.row.stock, stock
         already = set(config_of(self.model).get("removed_units") or ())
         originals = [
@@ -236,6 +236,10 @@ class UNetDenoiser(Denoiser):
         ]
         now = {original for original, unit in zip(originals, self.units, strict=True) if unit.name in removed}
         return STUDENTS[self.row.stock], {**config, "removed_units": sorted(already | now)}
+
+    def _teacher_config(self) -> dict[str, Any]:
+        """The config of the stock model that this one was made from, or is."""
+        return {key: value for key, value in config_of(self.model).items() if key != "removed_units"}
 
     def _stock_config(self, model: Any, config: dict[str, Any]) -> dict[str, Any]:
         """The stock class's config for what is left of `model`, if there is one."""
@@ -256,13 +260,11 @@ class UNetDenoiser(Denoiser):
         """
         if type(self.model) is self.row.stock:
             return self.model
-        config = {key: value for key, value in config_of(self.model).items() if key != "removed_units"}
+        config = self._teacher_config()
         if config.get("mid_block_scale_factor", 1) != 1:  # the mid block would divide what it passes on
             return None
         stock = UNetDenoiser(empty(self.row.stock, config))._stock_config(self.model, config)
-        try:
-            shapes = _shapes(empty(self.row.stock, stock))
-        except (ValueError, TypeError, NotImplementedError):
+        if (shapes := _shapes_of(self.row.stock, stock)) is None:
             return None
         weights = self.model.state_dict()
         lacking = {name: shapes.pop(name) for name in shapes.keys() - weights.keys()}
@@ -416,12 +418,12 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _fits(cls: type[Any], config: Mapping[str, Any], model: Any) -> bool:
-    """Whether the class, so configured, has exactly the model's tensors."""
+def _shapes_of(cls: type[Any], config: Mapping[str, Any]) -> dict[str, torch.Size] | None:
+    """The tensors of the class so configured, or None where it does not take the config."""
     try:
-        return _shapes(empty(cls, config)) == _shapes(model)
+        return _shapes(empty(cls, config))
     except (ValueError, TypeError, NotImplementedError):
-        return False
+        return None
 
 
 def _shortcut(resnet: Any, hidden_width: int) -> Callable[..., Tensor]:
