@@ -3,17 +3,21 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.tiny import PROVENANCE, write_latents
 from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Latency, Quality
+from vdmini_core.data.synthetic import Label, render_clip
 from vdmini_core.evaluation.compare import recovery
-from vdmini_core.evaluation.evaluator import Evaluator, load_evaluator, save_evaluator
+from vdmini_core.evaluation.evaluator import Evaluator, Judgement, accuracies, load_evaluator, save_evaluator
 from vdmini_core.evaluation.gate import failed_gates
+from vdmini_core.evaluation.metrics.frechet import frechet_distance
 from vdmini_core.evaluation.quality import compare, decoded_batches, generated_batches, judge, noise_for
 from vdmini_core.models import SVD
+from vdmini_core.models.sources import evaluator_folder
 from vdmini_core.settings import RegisterSettings, SamplerSettings
 
 SHAPE = torch.Size((4, 2, 3, 3))
@@ -89,17 +93,46 @@ def test_unlabelled_clips_have_distances_but_no_accuracy(evaluator: Evaluator) -
     assert max(found.content_distance, found.motion_distance) < 1e-6
 
 
-def test_accuracy_counts_the_clips_that_are_told_right(evaluator: Evaluator) -> None:
-    clips = torch.cat([clips for clips, _ in batches(2, 0)])
-    judgement = evaluator(clips)
-    logits = (judgement.shape_logits, judgement.colour_logits, judgement.motion_logits)
-    truth = torch.stack([value.argmax(1) for value in logits], 1)
-    wrong = truth.clone()
-    wrong[0, 1] = (truth[0, 1] + 1) % 6
-    wrong[1:4, 2] = (truth[1:4, 2] + 1) % 9
-    judged = judge(iter([(clips, wrong)]), evaluator)
-    found = compare(judged, judged)
-    assert (found.content_accuracy, found.motion_accuracy) == (0.75, 0.25)
+def test_accuracy_counts_the_clips_that_are_told_right() -> None:
+    def answers(labels: list[int], classes: int) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(labels), classes).float()
+
+    unused = torch.zeros(5, 64)
+    judgement = Judgement(
+        content=unused,
+        motion=unused,
+        shape_logits=answers([0, 1, 2, 3, 0], 4),
+        colour_logits=answers([5, 0, 2, 3, 4], 6),
+        beacon_logits=answers([8, 7, 0, 5, 4], 9),
+        motion_logits=answers([8, 7, 0, 0, 0], 9),
+    )
+    # Right but for: nothing, the shape, the colour, the beacon, the beacon and the motion.
+    labels = torch.tensor([[0, 5, 8], [2, 0, 7], [2, 3, 0], [3, 3, 0], [0, 4, 3]])
+    content, motion = accuracies(judgement, labels)
+    assert content.tolist() == [True, False, False, False, False]
+    assert motion.tolist() == [True, True, True, True, False]
+
+
+def test_the_shipped_evaluator_sees_what_happens_around_the_shape() -> None:
+    evaluator = load_evaluator(evaluator_folder())
+    labels = [Label(shape % 4, shape % 6, shape % 9) for shape in range(36)]
+    frames = [render_clip(label, np.random.default_rng(i), frames=8, size=64) for i, label in enumerate(labels)]
+    truth = torch.tensor([(label.shape, label.colour, label.motion) for label in labels])
+    clips = torch.from_numpy(np.stack(frames)).movedim(-1, 1).float() / 127.5 - 1
+    whole = evaluator(clips)
+    assert accuracies(whole, truth)[0].float().mean() > 0.9
+
+    outer = torch.ones(64, 64, dtype=torch.bool)
+    outer[10:54, 10:54] = False
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(36, 3, 16, 16, generator=generator).repeat_interleave(4, -1).repeat_interleave(4, -2)
+    damaged = torch.where(outer, 0.5 * coarse[:, :, None] - 0.1, clips)  # beacons gone, shapes in place
+    assert accuracies(evaluator(damaged), truth)[0].float().mean() < 0.5
+
+    def distance(other: Tensor) -> float:
+        return frechet_distance(whole.content.numpy(), evaluator(other).content.numpy())
+
+    assert distance(damaged) > 100 * max(distance(clips.flip(2)), 0.01)
 
 
 def test_a_still_clip_has_no_motion_and_frame_order_no_content(evaluator: Evaluator) -> None:

@@ -1,8 +1,9 @@
 """The offline evaluator: a content branch that sees single frames, a motion branch that sees the clip.
 
-Both are small classifiers of the synthetic labels. Their heads give content and motion accuracy,
-their pooled features give the toy Frechet distances (never to be called FVD: the features are
-not I3D's, and the numbers compare with nothing published).
+Both are small classifiers of the synthetic labels. Content is what a single frame shows: the
+shape, its colour, and the beacon behind it. Their heads give content and motion accuracy, their pooled features
+give the toy Frechet distances (never to be called FVD: the features are not I3D's, and the numbers compare
+with nothing published).
 """
 
 import json
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vdmini_core.data.synthetic import COLOURS, MOTIONS, SHAPES
 
 FEATURES = 64
+GRID = 3
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Judgement:
     motion: Tensor
     shape_logits: Tensor
     colour_logits: Tensor
+    beacon_logits: Tensor
     motion_logits: Tensor
 
 
@@ -50,6 +53,10 @@ class Evaluator(nn.Module):
             _convolution(32, 48, 3, 2),
             _convolution(48, FEATURES, 3, 1),
         )
+        # Strongest answers on a coarse grid: a beacon is known by its place.
+        self.scene = nn.Sequential(
+            nn.AdaptiveMaxPool2d(GRID), nn.Flatten(), nn.Linear(FEATURES * GRID**2, FEATURES), nn.SiLU()
+        )
         self.motion = nn.Sequential(
             _clip_convolution(3, 16, 5, 2),
             _clip_convolution(16, 24, 3, 2),
@@ -58,21 +65,35 @@ class Evaluator(nn.Module):
         )
         self.shape_head = nn.Linear(FEATURES, len(SHAPES))
         self.colour_head = nn.Linear(FEATURES, len(COLOURS))
+        self.beacon_head = nn.Linear(FEATURES, len(MOTIONS))
         self.motion_head = nn.Linear(FEATURES, len(MOTIONS))
 
     def forward(self, clips: Tensor) -> Judgement:
         batch, _, frames = clips.shape[:3]
         singles = clips.transpose(1, 2).flatten(0, 1)
-        content = self.content(singles).amax((-2, -1)).unflatten(0, (batch, frames)).mean(1)
+        content = self.scene(self.content(singles)).unflatten(0, (batch, frames)).mean(1)
         # The clip's mean frame carries the content; what is left is what moved.
         motion = self.motion(clips - clips.mean(2, keepdim=True)).amax((-2, -1)).mean(-1)
-        return Judgement(content, motion, self.shape_head(content), self.colour_head(content), self.motion_head(motion))
+        return Judgement(
+            content,
+            motion,
+            self.shape_head(content),
+            self.colour_head(content),
+            self.beacon_head(content),
+            self.motion_head(motion),
+        )
 
 
 def accuracies(judgement: Judgement, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Per clip: content right (shape and colour both), motion right; bool [B] each, labels [B, 3]."""
-    content = (judgement.shape_logits.argmax(1) == labels[:, 0]) & (judgement.colour_logits.argmax(1) == labels[:, 1])
-    return content, judgement.motion_logits.argmax(1) == labels[:, 2]
+    """Per clip: content right (shape, colour and beacon, all three), motion right; bool [B] each, labels [B, 3].
+
+    The beacon should announce the motion that the clip is labelled with.
+    """
+    shape, colour, motion = labels.unbind(1)
+    content = judgement.shape_logits.argmax(1) == shape
+    content &= judgement.colour_logits.argmax(1) == colour
+    content &= judgement.beacon_logits.argmax(1) == motion
+    return content, judgement.motion_logits.argmax(1) == motion
 
 
 def save_evaluator(evaluator: Evaluator, folder: Path) -> None:

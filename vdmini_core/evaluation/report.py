@@ -182,12 +182,15 @@ def _scaled(value: int) -> str:
 
 
 def _chance_note(qualities: Sequence[Quality]) -> str:
-    """What chance alone does to an accuracy, for the smallest N."""
+    """What the accuracies mean, and what chance alone does to them for the smallest N."""
     if all(q.content_accuracy is None and q.motion_accuracy is None for q in qualities):
         return f"Accuracies are {NOT_AVAILABLE}: these clips carry no labels the evaluator knows."
     clips = min(quality.clips for quality in qualities)
     half_width = 196 * math.sqrt(0.25 / clips)
-    return f"With N = {clips}, chance alone moves an accuracy of 50% by ±{half_width:.1f} points (95% interval)."
+    return (
+        "Content is right where the shape, its colour and the beacon in the background all are. "
+        f"With N = {clips}, chance alone moves an accuracy of 50% by ±{half_width:.1f} points (95% interval)."
+    )
 
 
 def _clip(index: int, entry: Mapping[str, str], clips: Path) -> str:

@@ -13,10 +13,14 @@ from vdmini_core.data.synthetic import ALL_LABELS, MOTIONS, render_clip
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips uint8 [N, T, H, W, 3] with their labels [N, 3] (shape, colour, motion)."""
+    """Clips uint8 [N, T, H, W, 3] with their labels [N, 3] (shape, colour, motion).
+
+    `beacons` [N] are the motions that are announced.
+    """
 
     pixels: Tensor
     labels: Tensor
+    beacons: Tensor
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -28,7 +32,7 @@ def render_set(count: int, seed: int, *, frames: int, size: int, random_beacon: 
     With `random_beacon` the beacon announces a motion drawn independently of the one shown.
     """
     with ProcessPoolExecutor(2) as pool:
-        clips = list(
+        drawn = list(
             pool.map(
                 _render_one,
                 range(count),
@@ -39,17 +43,21 @@ def render_set(count: int, seed: int, *, frames: int, size: int, random_beacon: 
                 chunksize=64,
             )
         )
+    clips, beacons = zip(*drawn, strict=True)
     labels = [ALL_LABELS[i % len(ALL_LABELS)] for i in range(count)]
     return ClipSet(
         torch.from_numpy(np.stack(clips)),
         torch.tensor([(label.shape, label.colour, label.motion) for label in labels]),
+        torch.tensor(beacons),
     )
 
 
-def _render_one(index: int, seed: int, frames: int, size: int, random_beacon: bool) -> np.ndarray:
+def _render_one(index: int, seed: int, frames: int, size: int, random_beacon: bool) -> tuple[np.ndarray, int]:
+    """One clip, and the motion that its beacon announces."""
     rng = np.random.default_rng((seed, index))
-    beacon = int(rng.integers(len(MOTIONS))) if random_beacon else None
-    return render_clip(ALL_LABELS[index % len(ALL_LABELS)], rng, frames=frames, size=size, beacon=beacon)
+    label = ALL_LABELS[index % len(ALL_LABELS)]
+    beacon = int(rng.integers(len(MOTIONS))) if random_beacon else label.motion
+    return render_clip(label, rng, frames=frames, size=size, beacon=beacon), beacon
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import io
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vdmini_core.data.video import read_clip, write_video
-from vdmini_core.evaluation.evaluator import Evaluator, accuracies
+from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
 from vdmini_core.training.loop import Player, State, train
@@ -24,7 +25,7 @@ def compress(clips: ClipSet, seed: int, quantisers: tuple[int, int] = (2, 12)) -
     chosen = rng.integers(quantisers[0], quantisers[1], endpoint=True, size=len(clips))
     with ProcessPoolExecutor(2) as pool:
         pixels = list(pool.map(_compress_one, clips.pixels.numpy(), chosen.tolist(), chunksize=64))
-    return ClipSet(torch.from_numpy(np.stack(pixels)), clips.labels)
+    return replace(clips, pixels=torch.from_numpy(np.stack(pixels)))
 
 
 def _compress_one(clip: np.ndarray, quantiser: int) -> np.ndarray:
@@ -44,7 +45,7 @@ def reconstruct(clips: ClipSet, vae: AutoencoderKLTemporalDecoder) -> ClipSet:
         y = vae.decode(vae.encode(frames).latent_dist.mode(), num_frames=x.shape[1]).sample
         y = y.clamp(-1, 1).unflatten(0, x.shape[:2]).movedim(2, -1)
         outputs.append(((y + 1) * 127.5).round().to(torch.uint8).cpu())
-    return ClipSet(torch.cat(outputs), clips.labels)
+    return replace(clips, pixels=torch.cat(outputs))
 
 
 def train_evaluator(
@@ -65,26 +66,27 @@ def train_evaluator(
         g = torch.Generator().manual_seed(settings.seed * 7919 + step)
         clips = variants[step % len(variants)]
         ids = torch.randint(len(clips), (settings.batch_size,), generator=g)
-        return {"ids": ids.tolist(), "pixels": clips.pixels[ids], "labels": clips.labels[ids]}
+        told = {"labels": clips.labels[ids], "beacons": clips.beacons[ids]}
+        return {"ids": ids.tolist(), "pixels": clips.pixels[ids], **told}
 
     def prepare(batch: State, generator: torch.Generator, step: int) -> State:
         x = to_model_range(batch["pixels"])
         strength = torch.rand(len(x), generator=generator) * 0.15
         strength *= torch.rand(len(x), generator=generator) < 0.5
         x = x + strength[:, None, None, None, None] * torch.randn(x.shape, generator=generator)
-        return {"clips": x.to(device), "labels": batch["labels"].to(device)}
+        return {"clips": x.to(device)} | {name: batch[name].to(device) for name in ("labels", "beacons")}
 
     def loss(state: State) -> dict[str, Tensor]:
         judged, labels = evaluator(state["clips"]), state["labels"]
-        shape = F.cross_entropy(judged.shape_logits.float(), labels[:, 0])
-        colour = F.cross_entropy(judged.colour_logits.float(), labels[:, 1])
-        motion = F.cross_entropy(judged.motion_logits.float(), labels[:, 2])
-        content_right, motion_right = accuracies(judged, labels)
-        return {
-            "total": shape + colour + motion,
-            "content_accuracy": content_right.float().mean(),
-            "motion_accuracy": motion_right.float().mean(),
+        answers = {
+            "shape": (judged.shape_logits.float(), labels[:, 0]),
+            "colour": (judged.colour_logits.float(), labels[:, 1]),
+            "beacon": (judged.beacon_logits.float(), state["beacons"]),
+            "motion": (judged.motion_logits.float(), labels[:, 2]),
         }
+        total = torch.stack([F.cross_entropy(logits, wanted) for logits, wanted in answers.values()]).sum()
+        right = {name: (logits.argmax(1) == wanted).float().mean() for name, (logits, wanted) in answers.items()}
+        return {"total": total, **right}
 
     player = Player("evaluator", evaluator, loss, 3e-3)
     train([player], batch_of, prepare, settings, device=device, log=log, track=track)
