@@ -17,6 +17,7 @@ from vdmini_core.models.published import blueprint
 from vdmini_core.settings import height_and_width, load_params
 
 RECIPES = {path.stem: path for path in sorted(OWN.glob("*.yaml"))}
+BUILT_IN = {"i2v-shapes"}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 FIGURES = {
     "svd-xt": (1_524_623_082, 939_884_186),
@@ -51,7 +52,7 @@ def test_there_is_a_recipe_for_these_models() -> None:
         "wan-2.2-ti2v-5b",
         "cogvideox-2b",
     }
-    assert set(RECIPES) == models | {"i2v-shapes"}
+    assert set(RECIPES) == models | BUILT_IN
 
 
 @every_recipe
@@ -77,7 +78,7 @@ def test_a_recipe_becomes_params_yaml(folder: Path, name: str) -> None:
     assert result.exit_code == 0
     assert (folder / "params.yaml").read_text() == RECIPES[name].read_text()
     assert f"vdmini dry-run {name}" in result.stdout
-    assert ("teacher.revision" in result.stdout) == (name != "i2v-shapes")
+    assert ("teacher.revision" in result.stdout) == (name not in BUILT_IN)
     assert [path.name for path in folder.iterdir()] == ["params.yaml"]
 
 
@@ -167,7 +168,7 @@ def test_a_dry_run_of_a_file_says_what_does_not_fit(folder: Path) -> None:
     (folder / "mine.yaml").write_text(text.replace("frames: 81", "frames: 80"))
     result = vdmini("dry-run", "mine.yaml", "--json")
     assert result.exit_code == 2
-    assert "set data.frames to 77 or 81" in result.stderr
+    assert "make them 77 or 81 (data.frames)" in result.stderr
     (folder / "mine.yaml").write_text(text.replace("method: uniform", "method: paper"))
     assert "plan.method paper is a layout of U-Nets" in vdmini("dry-run", "mine.yaml").stderr
 

@@ -152,7 +152,7 @@ def test_a_vae_that_compresses_time_takes_four_n_plus_one_frames(tmp_path: Path)
     pipeline = load_pipeline(write_wan(tmp_path, compressing_time=True))
     assert pipeline.encode(torch.zeros(1, 3, 9, SIZE, SIZE)).shape == (1, 4, 3, 4, 4)
     assert pipeline.decode(torch.zeros(1, 4, 3, 4, 4)).shape == (1, 3, 9, SIZE, SIZE)
-    with pytest.raises(ValueError, match=r"8 frames do not fit .*4 n \+ 1, such as 5 or 9"):
+    with pytest.raises(ValueError, match=r"8 frames do not fit .* one latent of 4 after the first; make them 5 or 9"):
         pipeline.encode(torch.zeros(1, 3, 8, SIZE, SIZE))
     with pytest.raises(ValueError, match=r"16 x 12 pixels do not fit .*multiples of 8"):
         pipeline.latent_shape(9, 16, 12)

@@ -25,7 +25,8 @@ from vdmini_core.evaluation.activations import (
     total_bytes,
 )
 from vdmini_core.models import Condition, Denoiser, UnusableModel
-from vdmini_core.models.published import VAEFacts, blueprint, meta_inputs, published_names, vae_facts
+from vdmini_core.models.published import blueprint, meta_inputs, published_names
+from vdmini_core.models.vae_facts import VAEFacts, vae_facts
 from vdmini_core.pruning.dry_run import sensitivity_memory, units_of
 from vdmini_core.settings import DistillSettings
 
@@ -168,7 +169,10 @@ def test_a_packaged_config_is_found_by_each_of_its_names() -> None:
 
 @pytest.mark.parametrize(
     ("clip", "told"),
-    [((80, 480, 832), "set data.frames to 77 or 81"), ((81, 484, 832), "484 x 832 pixels are no multiples of 8")],
+    [
+        ((80, 480, 832), r"make them 77 or 81 \(data.frames\)"),
+        ((81, 484, 832), "484 x 832 pixels are no multiples of 8"),
+    ],
 )
 def test_clips_that_do_not_fit_the_vae_are_refused(clip: tuple[int, int, int], told: str) -> None:
     vae = blueprint("wan-2.1-1.3b").vae

@@ -12,6 +12,7 @@ from torch import Tensor
 from vdmini_core.artifacts import Record, read_json
 from vdmini_core.diffusion.process import Process
 from vdmini_core.models.graph import Condition, Denoiser
+from vdmini_core.models.vae_facts import LatentShape, VAEFacts, vae_facts
 from vdmini_core.settings import EncodeSettings
 
 ROLES = ("denoiser", "vae", "conditioner")
@@ -101,9 +102,16 @@ class Pipeline(ABC):
     ) -> Condition:
         """What the denoiser is told of clips: from first frames [B, 3, H, W] in [-1, 1], or from captions."""
 
-    @abstractmethod
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """C, T', h, w of a clip of so many frames and pixels."""
+    @property
+    def vae_facts(self) -> VAEFacts:
+        """What the VAE makes of clips."""
+        facts = vae_facts({**self.vae.config, "_class_name": type(self.vae).__name__})
+        assert facts is not None
+        return facts
+
+    def latent_shape(self, frames: int, height: int, width: int) -> LatentShape:
+        """C, T', h, w of a clip of so many frames and pixels; ValueError where some would be dropped."""
+        return self.vae_facts.latent_shape(frames, height, width)
 
     def default_shape(self) -> tuple[int, int, int]:
         """Frames, height and width in pixels that the model was made for: what vdmini.json says, if it is there."""
@@ -125,11 +133,6 @@ class Pipeline(ABC):
 class FramewisePipeline(Pipeline):
     """A pipeline whose VAE encodes frame by frame and has one scaling factor, as Stable Diffusion's."""
 
-    @property
-    def pixels_per_latent(self) -> int:
-        """Pixels of a frame to one latent, in height and in width."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Tensor:
         """Clips [B, 3, T, H, W] in [-1, 1] -> scaled latents [B, C, T, h, w], the posterior's mode."""
@@ -146,7 +149,3 @@ class FramewisePipeline(Pipeline):
     def decode_frames(self, frames: Tensor) -> Tensor:
         """The VAE's own latents of one clip [T, C, h, w] -> its frames [T, 3, H, W]."""
         return self.vae.decode(frames).sample  # type: ignore[no-any-return]
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = self.pixels_per_latent
-        return int(self.vae.config.latent_channels), frames, height // factor, width // factor

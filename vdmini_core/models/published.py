@@ -17,43 +17,16 @@ from typing import Any
 
 import torch
 
-from vdmini_core.artifacts import Record
 from vdmini_core.models.graph import Condition, Denoiser, empty
 from vdmini_core.models.loading import UnusableModel
 from vdmini_core.models.pipeline import ClipShape
 from vdmini_core.models.sources import HUB_ID, ZOO, resolve_source
 from vdmini_core.models.transformer import TRANSFORMERS, TransformerDenoiser, patch_size
 from vdmini_core.models.unet import UNET_CLASSES, UNetDenoiser
+from vdmini_core.models.vae_facts import LatentShape, VAEFacts, vae_facts
 
 FOLDER = Path(__file__).parent / "configs"
 DENOISERS = ("unet", "transformer")
-LatentShape = tuple[int, int, int, int]
-"""C, T, h, w"""
-
-
-class VAEFacts(Record):
-    """Pixels of a side to one latent, frames to one latent, whether the first frame has one of its own, channels."""
-
-    spatial: int
-    temporal: int
-    causal: bool
-    channels: int
-
-    def latent_shape(self, frames: int, height: int, width: int) -> LatentShape:
-        """C, T, h, w of such a clip; ValueError where a frame or pixel would be left over."""
-        first = int(self.causal)
-        if (frames - first) % self.temporal:
-            below = (frames - first) // self.temporal * self.temporal + first
-            raise ValueError(
-                f"{frames} frames do not fit a VAE that makes one latent of {self.temporal}"
-                f"{' after the first' * first}; set data.frames to {below} or {below + self.temporal}"
-            )
-        if height % self.spatial or width % self.spatial:
-            raise ValueError(
-                f"{height} x {width} pixels are no multiples of {self.spatial}, as the VAE needs; set data.size"
-            )
-        frames = (frames - first) // self.temporal + first
-        return self.channels, frames, height // self.spatial, width // self.spatial
 
 
 @dataclass(frozen=True)
@@ -158,27 +131,6 @@ def _fetch(source: str, path: str) -> dict[str, Any] | None:
         f"{path} of {source} cannot be fetched from the hub ({reason}); name a local folder, or one of "
         f"{', '.join(published_names())}, which need no network"
     )
-
-
-def vae_facts(config: Mapping[str, Any]) -> VAEFacts | None:
-    """What a VAE's config.json says, or None for a class that is not known."""
-    halvings = len(config.get("block_out_channels") or ()) - 1
-    frames, stride = config.get("temporal_compression_ratio"), config.get("spatial_compression_ratio")
-    factors = {
-        "AutoencoderKL": (2**halvings, 1),
-        "AutoencoderKLTemporalDecoder": (2**halvings, 1),
-        "AutoencoderKLCogVideoX": (2**halvings, frames or 4),
-        "AutoencoderKLHunyuanVideo": (stride or 8, frames or 4),
-        "AutoencoderKLHunyuanVideo15": (stride or 16, frames or 4),
-        "AutoencoderKLLTXVideo": (stride or 32, frames or 8),
-        "AutoencoderKLMochi": (8, 6),
-        "AutoencoderKLWan": (config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)),
-    }
-    if (name := str(config.get("_class_name"))) not in factors:
-        return None
-    spatial, temporal = factors[name]
-    channels = config.get("latent_channels") or config.get("z_dim") or 4
-    return VAEFacts(spatial=int(spatial), temporal=temporal, causal=temporal > 1, channels=channels)
 
 
 def own_latents(config: Mapping[str, Any]) -> LatentShape | None:

@@ -77,7 +77,7 @@ class SVD(FramewisePipeline):
 
     def stock_shape(self) -> tuple[int, int, int]:
         config = self.denoiser.model.config
-        side = config.sample_size * self.pixels_per_latent
+        side = config.sample_size * self.vae_facts.spatial
         return int(config.num_frames), side, side
 
     @torch.no_grad()

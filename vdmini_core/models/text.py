@@ -34,6 +34,7 @@ from vdmini_core.models.loading import UnusableModel, load_component
 from vdmini_core.models.pipeline import FramewisePipeline, Noise, Pipeline
 from vdmini_core.models.transformer import load_transformer
 from vdmini_core.models.unet import load_unet
+from vdmini_core.models.vae_facts import LatentShape
 from vdmini_core.models.videocrafter import guidance_embedding
 from vdmini_core.settings import EncodeSettings
 
@@ -108,7 +109,8 @@ class TextToVideoUNet(FramewisePipeline):
     def stock_shape(self) -> tuple[int, int, int]:
         size = self.denoiser.model.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return self.stock_frames, height * self.pixels_per_latent, width * self.pixels_per_latent
+        pixels = self.vae_facts.spatial
+        return self.stock_frames, height * pixels, width * pixels
 
     @torch.no_grad()
     def sample(self, denoiser: Denoiser, noise: Noise, condition: Condition, steps: int) -> Tensor:
@@ -191,17 +193,12 @@ class Wan(Pipeline):
         tokens, mask = tokenized(self.tokenizer, [prompt_clean(text) for text in captions], length, encoder.device)
         return {"text": encoder(tokens, attention_mask=mask).last_hidden_state * mask[..., None]}
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """C, T', h, w of a clip; ValueError where the VAE or the transformer would drop some of it."""
-        config = self.vae.config
-        time, space = config.scale_factor_temporal, config.scale_factor_spatial
-        if over := (frames - 1) % time:
-            near = f"{frames - over} or {frames - over + time}"
-            raise ValueError(f"{frames} frames do not fit {self.folder}: its clips have {time} n + 1, such as {near}")
-        side = space * self.patch[-1]
-        if height % side or width % side:
+    def latent_shape(self, frames: int, height: int, width: int) -> LatentShape:
+        """Also refuses what the transformer would drop of the latents."""
+        shape = super().latent_shape(frames, height, width)
+        if height % (side := self.vae_facts.spatial * self.patch[-1]) or width % side:
             raise ValueError(f"{height} x {width} pixels do not fit {self.folder}: its sides are multiples of {side}")
-        return int(config.z_dim), (frames - 1) // time + 1, height // space, width // space
+        return shape
 
     def stock_shape(self) -> tuple[int, int, int]:
         return 81, 480, 832

@@ -1,13 +1,12 @@
-"""Video U-Nets as block graphs: SVD's, ModelScope's (VideoCrafter2, T2V-Turbo) and AnimateDiff's.
+"""Video U-Nets as block graphs; unet_rows.py lists the classes.
 
-All three have down blocks, a mid block and up blocks; an R-A pair is a ResBlock with what follows it
-(attention, temporal convolution, motion module). A row of UNETS says how a class calls these parts.
+All have down blocks, a mid block and up blocks; an R-A pair is a ResBlock with what follows it (attention,
+temporal convolution, motion module).
 """
 
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +32,7 @@ from vdmini_core.models.graph import (
     rebuild,
 )
 from vdmini_core.models.loading import class_name, load_component
-
-
-@dataclass(frozen=True)
-class UNetRow:
-    """How one diffusers class names and calls the parts of an R-A pair.
-
-    `parts` in forward order; the caller of `unpacked` parts takes `[0]` of their answer; `mid_tail` is the
-    part that a mid block ends with.
-    """
-
-    stock: type[Any]
-    parts: tuple[str, ...]
-    unpacked: frozenset[str]
-    mid_tail: str
-    call: Callable[[Any, Tensor, Tensor, Condition], Tensor]
+from vdmini_core.models.unet_rows import UNETS
 
 
 class UNetDenoiser(Denoiser):
@@ -363,49 +348,6 @@ VDMiniUNetMotion = student_class(UNetMotionModel, "VDMiniUNetMotion")
 STUDENTS: dict[type[Any], type[Any]] = {cls.__mro__[1]: cls for cls in (VDMiniUNet, VDMiniUNet3D, VDMiniUNetMotion)}
 
 
-def _call_svd(model: Any, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
-    """`image_latents` [B, C, h, w] join every frame; `image_embedding` [B, 1, D], `added_time_ids` [B, 3]."""
-    image = condition["image_latents"][:, :, None].expand(-1, -1, latents.shape[2], -1, -1)
-    sample = torch.cat([latents, image.to(latents.dtype)], 1).transpose(1, 2)
-    told = condition["image_embedding"], condition["added_time_ids"]
-    return model(sample, time, *told, return_dict=False)[0].transpose(1, 2)  # type: ignore[no-any-return]
-
-
-def _call_text(model: Any, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
-    """`text` [B, L, D]; `guidance` [B, W], an embedded guidance scale, where the model takes one."""
-    guidance = condition.get("guidance")
-    return model(latents, time, condition["text"], timestep_cond=guidance, return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def _call_motion(model: Any, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
-    """The same; this class wants the text once a frame."""
-    text = condition["text"].repeat_interleave(latents.shape[2], 0)
-    return _call_text(model, latents, time, {**condition, "text": text})
-
-
-UNETS = (
-    UNetRow(
-        stock=UNetSpatioTemporalConditionModel,
-        parts=("resnets", "attentions"),
-        unpacked=frozenset({"attentions"}),
-        mid_tail="resnets",
-        call=_call_svd,
-    ),
-    UNetRow(
-        stock=UNet3DConditionModel,
-        parts=("resnets", "temp_convs", "attentions", "temp_attentions"),
-        unpacked=frozenset({"attentions", "temp_attentions"}),
-        mid_tail="temp_convs",
-        call=_call_text,
-    ),
-    UNetRow(
-        stock=UNetMotionModel,
-        parts=("resnets", "attentions", "motion_modules"),
-        unpacked=frozenset({"attentions"}),
-        mid_tail="resnets",
-        call=_call_motion,
-    ),
-)
 UNET_CLASSES = {cls.__name__: cls for row in UNETS for cls in (row.stock, STUDENTS[row.stock])}
 
 

@@ -8,7 +8,8 @@ from vdmini_core.artifacts import Record
 from vdmini_core.evaluation.activations import AsOnAccelerator, peak_bytes
 from vdmini_core.evaluation.costs import Costs, count_costs, unit_parameters
 from vdmini_core.models import PIPELINES, Condition, Denoiser
-from vdmini_core.models.published import LatentShape, blueprint, meta_inputs
+from vdmini_core.models.published import blueprint, meta_inputs
+from vdmini_core.models.vae_facts import LatentShape
 from vdmini_core.pruning.planning import METHODS
 from vdmini_core.settings import DistillSettings, Params, height_and_width
 
