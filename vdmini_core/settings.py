@@ -131,7 +131,15 @@ class DistillSettings(Settings):
 
     loop: LoopSettings
     learning_rate: float = Field(5.0e-4, gt=0)
+    target: Literal["data", "teacher"] = Field(
+        "data",
+        description="what L_task compares the student's answer with: the clip's own, or the teacher's answer, "
+        "as few-step (LCM) teachers need it, for a clip of their own follows from every noise",
+    )
     icd_weight: float = Field(0.1, ge=0)
+    icd_distance: Literal["l2", "normalised"] = Field(
+        "l2", description="of features: squared difference, as in the paper, or relative to the teacher's variance"
+    )
     mca_weight: float = Field(1.0, ge=0)
     sigma_mean: float = Field(0.0, description="training noise levels are log-normal")
     sigma_std: float = Field(1.4, gt=0)

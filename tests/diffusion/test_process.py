@@ -68,6 +68,17 @@ def test_the_velocity_is_edms_preconditioned_target() -> None:
 
 
 @each_process
+def test_a_weighted_error_is_that_of_the_velocity(process: Process) -> None:
+    # Of the straight or the circular path that the process follows; only a prediction of noise is none.
+    circular = VPrediction() if isinstance(process, EpsilonPrediction) else process
+    x0, noise, off = (drawn(len(SIGMA), 4, seed=seed) for seed in range(3))
+    x = process.noised(x0, noise, SIGMA)
+    parts = process.parts(process.target(x0, noise, SIGMA) + off, x, SIGMA)
+    error = circular.target(*parts, SIGMA) - circular.target(x0, noise, SIGMA)
+    torch.testing.assert_close(off.square() * like(process.velocity_weight(SIGMA), off), error.square())
+
+
+@each_process
 def test_noise_levels_are_log_normal_and_follow_the_generator(process: Process) -> None:
     draw = process.draw(20_000, 0.2, 1.1, torch.Generator().manual_seed(0))
     assert draw.log().mean().item() == pytest.approx(0.2, abs=0.05)

@@ -116,6 +116,14 @@ def test_the_target_is_the_velocity_of_the_clip(data: LatentCache) -> None:
     torch.testing.assert_close(again, players.batch["latents"], rtol=0, atol=1e-3)
 
 
+def test_the_target_may_be_what_the_teacher_answers(data: LatentCache) -> None:
+    players = Players(data, SETTINGS.model_copy(update={"target": "teacher"}))
+    state = players.prepare(step=0)
+    answer = players.teacher(state["noisy"], VPrediction().time(state["sigma"]), state["condition"])
+    torch.testing.assert_close(state["target"], answer)
+    assert not state["target"].requires_grad
+
+
 def test_the_step_is_a_function_of_the_generator(data: LatentCache) -> None:
     players = Players(data)
     first, same, other = players.prepare(0, seed=0), players.prepare(0, seed=0), players.prepare(0, seed=1)

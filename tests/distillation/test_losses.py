@@ -15,13 +15,22 @@ def t(*values: float) -> torch.Tensor:
     return torch.tensor(values)
 
 
-def test_the_task_loss_is_the_mean_square() -> None:
-    assert task_loss(t(1.0, 2.0), t(0.0, 4.0)).item() == 2.5
+def test_the_task_loss_is_the_mean_square_with_a_weight_a_clip() -> None:
+    answer, target = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [3.0, 1.0]])
+    assert task_loss(answer, target, t(1.0, 1.0)).item() == 3.75
+    assert task_loss(answer, target, t(2.0, 0.1)).item() == 2.75
 
 
 def test_the_content_loss_sums_the_mean_squares_of_the_taps() -> None:
     # (1 + 9) / 2 + (4 + 0) / 2
     assert individual_content_loss([t(1.0, 3.0), t(2.0, 5.0)], [t(0.0, 0.0), t(0.0, 5.0)]).item() == 7.0
+
+
+def test_the_normalised_content_loss_does_not_know_a_taps_scale() -> None:
+    student, teacher = t(1.0, 2.0, 4.0), t(0.0, 2.0, 4.0)  # (1 / 3) / variance 4
+    assert individual_content_loss([student], [teacher], normalised=True).item() == pytest.approx(1 / 12)
+    scaled = individual_content_loss([student, 1000 * student], [teacher, 1000 * teacher], normalised=True)
+    assert scaled.item() == pytest.approx(1 / 6)
 
 
 def test_the_content_loss_is_taken_in_float32() -> None:

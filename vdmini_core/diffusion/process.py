@@ -60,6 +60,10 @@ class Process(ABC):
     def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """x0 and noise that an answer to x means."""
 
+    def velocity_weight(self, sigma: Tensor) -> Tensor:
+        """What makes an answer's squared error that of a velocity, [B]: 1 where the answer is one."""
+        return torch.ones_like(sigma)
+
     def clean(self, answer: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The x0 that an answer to x means."""
         return self.parts(answer, x, sigma)[0]
@@ -129,6 +133,13 @@ class EpsilonPrediction(Process):
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise
+
+    def velocity_weight(self, sigma: Tensor) -> Tensor:
+        """1 / a^2: with x0 = (x - b noise) / a, v = a noise - b x0 is (noise - b x) / a, whose last term is known.
+
+        Unweighted, an x0 that is wrong by 1 costs sigma^-2, so that what high noise decides is learned last.
+        """
+        return 1 + sigma**2
 
     def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.shares(like(sigma, x))

@@ -68,13 +68,14 @@ class ICMD:
             "sigma": sigma.to(self.device),
             "heads_sigma": heads_sigma.to(self.device),
             "heads_noise": heads_noise.to(self.device),
-            "target": self.process.target(x0, noise, sigma).to(self.device),
             "condition": condition_of(batch, self.device),
             "mca_weight": self.mca_weight(step),
         }
         with torch.no_grad(), tapped(self.teacher_taps) as features:
             output = self._predict(self.teacher, state)
             state["teacher_features"] = dict(features)
+            by_data = self.settings.target == "data"
+            state["target"] = self.process.target(x0, noise, sigma).to(self.device) if by_data else output.float()
             if self.settings.mca_weight > 0:
                 x0_teacher = self.process.clean(output.float(), state["noisy"], state["sigma"])
                 state["real"] = self._renoised_features(x0_teacher, state)
@@ -85,9 +86,11 @@ class ICMD:
         with tapped(self.student_taps) as features:
             output = self._predict(self.student, state)
             own = dict(features)
-        task = task_loss(output, state["target"])
+        task = task_loss(output, state["target"], self.process.velocity_weight(state["sigma"]))
         icd = individual_content_loss(
-            [own[name] for name in self.teacher_taps], [state["teacher_features"][name] for name in self.teacher_taps]
+            [own[name] for name in self.teacher_taps],
+            [state["teacher_features"][name] for name in self.teacher_taps],
+            normalised=self.settings.icd_distance == "normalised",
         )
         losses = {"task": task, "icd": icd}
         total = task + self.settings.icd_weight * icd

@@ -9,22 +9,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def task_loss(answer: Tensor, target: Tensor) -> Tensor:
-    """L_task: mean squared error of what the network answers (v, epsilon or velocity) [B, C, T, h, w]."""
-    return F.mse_loss(answer.float(), target.float())
+from vdmini_core.diffusion.process import like
 
 
-def individual_content_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def task_loss(answer: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """L_task: squared error of what the network answers (v, epsilon or velocity) [B, C, T, h, w], `weight` [B].
+
+    With `Process.velocity_weight` every process pays alike for an error of its velocity.
+    """
+    error = (answer.float() - target.float()).square()
+    return (error * like(weight, error)).mean()
+
+
+def individual_content_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, normalised: bool = False
+) -> Tensor:
     """L_ICD = sum_l E[ d(f_l_student, f_l_teacher) ] over matched taps, d the mean squared difference.
 
     Features have the frames folded into the batch, [B * T, C, h, w], so every frame is compared with
-    its own counterpart only: content, not motion.
+    its own counterpart only: content, not motion. `normalised` divides d by the variance of the teacher's
+    features of the tap, without which the taps with the largest activations have the sum to themselves.
     """
     if len(student) != len(teacher) or not student:
         raise ValueError(f"{len(student)} student taps against {len(teacher)} teacher taps")
     pairs = zip(student, teacher, strict=True)
-    return torch.stack([F.mse_loss(s.float(), t.detach().float()) for s, t in pairs]).sum()
+    terms = [(s.float(), t.detach().float()) for s, t in pairs]
+    return torch.stack([F.mse_loss(s, t) / (t.var().clamp_min(1e-12) if normalised else 1.0) for s, t in terms]).sum()
 
 
 def discriminator_hinge_loss(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
