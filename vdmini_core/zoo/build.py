@@ -5,6 +5,7 @@ resumes from its checkpoints.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from transformers import CLIPImageProcessor
 
 from vdmini_core.artifacts import file_digest, json_digest, write_json
 from vdmini_core.evaluation.evaluator import accuracies, load_evaluator, save_evaluator
-from vdmini_core.models import SVD, Pipeline, TransformerDenoiser, UNetDenoiser
+from vdmini_core.models import SVD, Denoiser, Pipeline, TransformerDenoiser, UNetDenoiser
 from vdmini_core.models.loading import load_component
-from vdmini_core.models.text import Wan
+from vdmini_core.models.text import TextToVideoUNet, Wan
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
-from vdmini_core.settings import LoopSettings
+from vdmini_core.settings import EncodeSettings, LoopSettings
 from vdmini_core.zoo.clips import ClipSet, render_set, to_model_range
+from vdmini_core.zoo.consistency import distil_consistency, solver_levels
 from vdmini_core.zoo.evaluator import CORRUPTIONS, compress, corrupt, reconstruct, train_evaluator
 from vdmini_core.zoo.image_encoder import train_image_encoder
 from vdmini_core.zoo.teacher import (
@@ -31,10 +33,19 @@ from vdmini_core.zoo.teacher import (
     save_set,
     train_teacher,
 )
-from vdmini_core.zoo.text_to_video import CAPTIONS, new_transformer, write_text_parts, write_wan_parts
-from vdmini_core.zoo.vae import new_causal_vae, new_temporal_vae, train_vae
+from vdmini_core.zoo.text_to_video import (
+    CAPTIONS,
+    SOLVER_STEPS,
+    new_text_unet,
+    new_transformer,
+    write_clip,
+    write_lcm_parts,
+    write_umt5,
+    write_wan_parts,
+)
+from vdmini_core.zoo.vae import new_causal_vae, new_frame_vae, new_temporal_vae, train_vae
 
-TEACHER, TEXT_TEACHER = "i2v-shapes", "t2v-shapes"
+TEACHER, WAN_TEACHER, LCM_TEACHER = "i2v-shapes", "t2v-wan-shapes", "t2v-lcm-shapes"
 FRAMES, TEXT_FRAMES, SIZE = 8, 9, 64
 # Clips of the four trainings and of the evaluator's test never share a seed.
 VAE_SEED, ENCODER_SEED, TEACHER_SEED, TEST_SEED = 1, 1, 3, 77
@@ -54,7 +65,7 @@ SETTINGS = {
         weight_decay=0.01,
         precision="fp32",
     ),
-    "evaluator": LoopSettings(max_steps=700, batch_size=24, warmup_steps=50, log_every=100, ema_decay=0.99),
+    "evaluator": LoopSettings(max_steps=1200, batch_size=24, warmup_steps=50, log_every=100, ema_decay=0.99),
     # The attention of the two outer stages opens late, when the deep ones have learned to carry the motion.
     "teacher_closed": LoopSettings(max_steps=4000, batch_size=4, decay_fraction=0.2, ema_decay=0.998),
     "teacher_opened": LoopSettings(seed=1, max_steps=3000, batch_size=4, decay_fraction=0.7, ema_decay=0.998),
@@ -70,11 +81,19 @@ SETTINGS = {
         max_steps=300, batch_size=64, warmup_steps=20, log_every=50, ema_decay=0.98, precision="fp32"
     ),
     "text_teacher": LoopSettings(max_steps=5000, batch_size=4, decay_fraction=0.5, ema_decay=0.998),
+    "frame_vae": LoopSettings(max_steps=1000, batch_size=4, warmup_steps=50, log_every=50, ema_decay=0.99),
+    # An answer that bfloat16 rounds by 2^-8 is wrong by 0.06 in x0 at the highest level, sigma 14.6.
+    "lcm_base": LoopSettings(max_steps=4000, batch_size=4, decay_fraction=0.5, ema_decay=0.998, precision="fp32"),
+    # The average is also the target network of the distillation, which follows the student closely (LCM: 0.95).
+    "lcm_distilled": LoopSettings(
+        seed=1, max_steps=1000, batch_size=4, warmup_steps=50, decay_fraction=0.5, ema_decay=0.95, precision="fp32"
+    ),
 }
 
 PARTS = {
     TEACHER: ("vae", "image_encoder", "teacher_closed", "teacher_opened", "teacher_refined", "teacher_tuned"),
-    TEXT_TEACHER: ("causal_vae", "text_encoder", "text_teacher"),
+    WAN_TEACHER: ("causal_vae", "text_encoder", "text_teacher"),
+    LCM_TEACHER: ("frame_vae", "text_encoder", "lcm_base", "lcm_distilled"),
 }
 """The trainings that make each teacher."""
 
@@ -85,6 +104,8 @@ TEACHER_RUNS = {
     "teacher_refined": (7e-4, 0),
     "teacher_tuned": (6e-4, 0),
 }
+# ln(sigma) of the LCM's base: a tenth of its levels is the highest there is, from which sampling starts.
+LCM_LEVELS = 0.5, 1.6
 FOREGROUND_WEIGHT = 5.0
 
 
@@ -135,10 +156,11 @@ def build_zoo(
                     track=track,
                 )
         denoiser.model.half().save_pretrained(teacher / "unet")
-    build_text_teacher(target / TEXT_TEACHER, scratch, device, log, track, say)
+    build_wan_teacher(target / WAN_TEACHER, scratch, device, log, track, say)
+    build_lcm_teacher(target / LCM_TEACHER, teacher / "vae", scratch, device, log, track, say)
 
 
-def build_text_teacher(
+def build_wan_teacher(
     teacher: Path, scratch: Path, device: torch.device, log: Log, track: Track, say: Callable[[str], None]
 ) -> None:
     """The text-to-video transformer: its causal VAE, text encoder and denoiser, as far as they are missing."""
@@ -150,7 +172,7 @@ def build_text_teacher(
         vae.half().save_pretrained(teacher / "vae")
     if not (teacher / "text_encoder").is_dir():
         say("training the text encoder")
-        write_text_parts(teacher, SETTINGS["text_encoder"], device, log, track)
+        write_umt5(teacher, SETTINGS["text_encoder"], device, log, track)
     if not list((teacher / "transformer").glob("*.safetensors")):
         say("training the text-to-video teacher")
         settings = SETTINGS["text_teacher"]
@@ -171,6 +193,76 @@ def build_text_teacher(
             track=track,
         )
         denoiser.model.half().save_pretrained(teacher / "transformer")
+
+
+def build_lcm_teacher(
+    teacher: Path, vae: Path, scratch: Path, device: torch.device, log: Log, track: Track, say: Callable[[str], None]
+) -> None:
+    """The text-to-video U-Net with few-step sampling, as far as it is missing; its latents are those of `vae`."""
+    write_lcm_parts(teacher, FRAMES, SIZE)
+    if not (teacher / "vae").is_dir():
+        say("training the frame VAE's decoder")
+        clips = render_set(4320, VAE_SEED, frames=FRAMES, size=SIZE)
+        frame_vae = new_frame_vae(load_component(AutoencoderKLTemporalDecoder, vae))
+        train_vae(frame_vae, clips, SETTINGS["frame_vae"], device, log, track, encoder_is_fixed=True)
+        frame_vae.half().save_pretrained(teacher / "vae")
+    if not (teacher / "text_encoder").is_dir():
+        say("training the text encoder")
+        write_clip(teacher, SETTINGS["text_encoder"], device, log, track)
+    if not list((teacher / "unet").glob("*.safetensors")):
+        torch.manual_seed(SETTINGS["lcm_base"].seed)
+        base = UNetDenoiser(new_text_unet())
+        base.model.save_config(teacher / "unet")
+        pipeline = TextToVideoUNet.load(teacher, ("vae", "conditioner"), device)
+        data = _encoded(scratch / "lcm.safetensors", pipeline, TEACHER_SEED, FRAMES, track)
+        student = train_lcm(base, pipeline, data, scratch, device, log, track, say)
+        student.model.half().save_pretrained(teacher / "unet")
+
+
+def train_lcm(
+    base: Denoiser,
+    pipeline: TextToVideoUNet,
+    data: LatentSet,
+    scratch: Path,
+    device: torch.device,
+    log: Log,
+    track: Track,
+    say: Callable[[str], None],
+) -> Denoiser:
+    """Train the base as a diffusion model, for which the guidance scale has no meaning, then distil it."""
+    data = replace(data, condition={"text": data.condition["text"]})
+    images = torch.zeros(1, 3, SIZE, SIZE)
+    untold = {"text": pipeline.condition(images, [""], EncodeSettings(), torch.Generator())["text"]}
+    say("training the text-to-video U-Net")
+    settings = SETTINGS["lcm_base"]
+    train_teacher(
+        base,
+        pipeline.process,
+        data,
+        settings,
+        device,
+        levels=LCM_LEVELS,
+        untold=untold,
+        checkpoints=scratch / "lcm_base",
+        fingerprint=json_digest(settings),
+        log=log,
+        track=track,
+    )
+    say("distilling the text-to-video U-Net")
+    settings = SETTINGS["lcm_distilled"]
+    return distil_consistency(
+        base,
+        pipeline.process,
+        solver_levels(pipeline.process, SOLVER_STEPS),
+        data,
+        untold,
+        settings,
+        device,
+        checkpoints=scratch / "lcm_distilled",
+        fingerprint=json_digest(settings),
+        log=log,
+        track=track,
+    )
 
 
 def _encoded(file: Path, pipeline: Pipeline, seed: int, frames: int, track: Track) -> LatentSet:

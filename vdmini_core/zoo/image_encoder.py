@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from vdmini_core.data.synthetic import COLOURS, MOTIONS, SHAPES
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import Player, State, train
+from vdmini_core.training.loop import State
 from vdmini_core.zoo.clips import ClipSet, to_model_range
+from vdmini_core.zoo.labels import train_labels
 
 # The pipeline feeds 224 pixels, upsampled from 64. Averaging 4 x 4 of them loses nothing that was there.
 SIDE, PATCH, POOL = 224, 28, 4
+EMBEDDING = 64
 
 
 def new_image_encoder(pool: int = 1) -> CLIPVisionModelWithProjection:
@@ -32,7 +33,7 @@ def new_image_encoder(pool: int = 1) -> CLIPVisionModelWithProjection:
         CLIPVisionConfig(
             hidden_size=48,
             intermediate_size=192,
-            projection_dim=64,
+            projection_dim=EMBEDDING,
             num_hidden_layers=3,
             num_attention_heads=4,
             image_size=SIDE // pool,
@@ -69,32 +70,16 @@ def train_image_encoder(
     """
     torch.manual_seed(settings.seed)
     images = pooled_images(clips)
-    encoder = new_image_encoder(POOL).to(device)
-    sizes = (len(SHAPES), len(COLOURS), len(MOTIONS))
-    heads = nn.ModuleList(nn.Linear(64, size) for size in sizes).to(device)
-    model = nn.ModuleDict({"encoder": encoder, "heads": heads})
+    encoder = new_image_encoder(POOL)
 
-    def batch_of(step: int) -> State:
-        g = torch.Generator().manual_seed(settings.seed * 7919 + step)
-        ids = torch.randint(len(clips), (settings.batch_size,), generator=g)
-        return {"ids": ids.tolist(), "images": images[ids], "labels": clips.labels[ids]}
+    def noisy(chosen: Tensor, generator: torch.Generator) -> State:
+        clean = images[chosen]
+        return {"images": clean + 0.03 * torch.randn(clean.shape, generator=generator)}
 
-    def prepare(batch: State, generator: torch.Generator, step: int) -> State:
-        noisy = batch["images"] + 0.03 * torch.randn(batch["images"].shape, generator=generator)
-        return {"images": noisy.to(device), "labels": batch["labels"].to(device)}
+    def embed(state: State) -> Tensor:
+        return encoder(state["images"]).image_embeds  # type: ignore[no-any-return]
 
-    def loss(state: State) -> dict[str, Tensor]:
-        embedding = encoder(state["images"]).image_embeds
-        terms = [F.cross_entropy(h(embedding).float(), state["labels"][:, i]) for i, h in enumerate(heads)]
-        right = [(h(embedding).argmax(1) == state["labels"][:, i]).float().mean() for i, h in enumerate(heads)]
-        names = ("shape_accuracy", "colour_accuracy", "beacon_accuracy")
-        total = terms[0] + terms[1] + terms[2]
-        return {"total": total, **dict(zip(names, right, strict=True))}
-
-    player = Player("image_encoder", model, loss, 1e-3)
-    train([player], batch_of, prepare, settings, device=device, log=log, track=track)
-    assert player.ema is not None
-    player.ema.copy_to(model)
+    train_labels(encoder, embed, EMBEDDING, noisy, clips.labels, settings, device, log, track)
     return unpool(encoder).eval().requires_grad_(False)
 
 

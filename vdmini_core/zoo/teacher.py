@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vdmini_core.diffusion.process import Process
+from vdmini_core.diffusion.process import Process, like
 from vdmini_core.models import Condition, Denoiser, Pipeline
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import EncodeSettings, LoopSettings
-from vdmini_core.training.loop import Player, State, train
+from vdmini_core.training.loop import Batch, Player, State, train
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
-# ln(sigma) of the training levels, for every process.
-SIGMA_MEAN, SIGMA_STD = 0.0, 1.4
+LEVELS = 0.0, 1.4
+"""Mean and deviation of ln(sigma) of the training levels."""
+UNTOLD_SHARE = 0.1
 
 
 def new_unet() -> UNetSpatioTemporalConditionModel:
@@ -59,6 +60,14 @@ class LatentSet:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def shuffled(self, step: int, settings: LoopSettings) -> Batch:
+        """Which clips make the batch of a training step; every epoch has its own order."""
+        epoch, position = divmod(step, len(self) // settings.batch_size)
+        g = torch.Generator().manual_seed(settings.seed * 7919 + epoch)
+        order = torch.randperm(len(self), generator=g)
+        chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
+        return {"ids": chosen.tolist(), "chosen": chosen}
 
 
 def encode_set(
@@ -143,33 +152,36 @@ def train_teacher(
     device: torch.device,
     *,
     learning_rate: float = 1e-3,
+    levels: tuple[float, float] = LEVELS,
+    untold: Condition | None = None,
     checkpoints: Path | None = None,
     fingerprint: str = "",
     log: Log = silent_log,
     track: Track = silent_track,
 ) -> None:
-    """Train the denoiser in place on the squared error of its answer; ends with its averaged weights."""
-    model: Any = denoiser.model.to(device).requires_grad_(True).train()
+    """Train the denoiser in place on the squared error of its velocity; ends with its averaged weights.
 
-    def batch_of(step: int) -> State:
-        per_epoch = len(data) // settings.batch_size
-        epoch, position = divmod(step, per_epoch)
-        g = torch.Generator().manual_seed(settings.seed * 7919 + epoch)
-        order = torch.randperm(len(data), generator=g)
-        chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
-        return {"ids": chosen.tolist(), "chosen": chosen}
+    `levels` are mean and deviation of ln(sigma). `untold`, tensors of one clip, is what the denoiser is told where
+    it is told nothing; it takes the place of a tenth of the conditions, as classifier-free guidance needs it
+    (arXiv 2207.12598).
+    """
+    model: Any = denoiser.model.to(device).eval()  # dropout would draw from no generator of the step
 
     def prepare(batch: State, generator: torch.Generator, step: int) -> State:
         chosen = batch["chosen"]
         x0 = data.latents[chosen]
-        sigma = process.draw(len(chosen), SIGMA_MEAN, SIGMA_STD, generator)
+        sigma = process.draw(len(chosen), *levels, generator)
         noise = torch.randn(x0.shape, generator=generator)
+        condition = {name: value[chosen] for name, value in data.condition.items()}
+        if untold is not None:
+            kept = torch.rand(len(chosen), generator=generator) >= UNTOLD_SHARE
+            condition = {name: torch.where(like(kept, v), v, untold[name].cpu()) for name, v in condition.items()}
         return {
             "target": process.target(x0, noise, sigma).to(device),
             "noisy": process.noised(x0, noise, sigma).to(device),
             "time": process.time(sigma).to(device),
-            "condition": {name: value[chosen].to(device) for name, value in data.condition.items()},
-            "weights": data.weights[chosen].to(device),
+            "condition": {name: value.to(device) for name, value in condition.items()},
+            "weights": (data.weights[chosen] * like(process.velocity_weight(sigma), x0)).to(device),
         }
 
     def loss(state: State) -> dict[str, Tensor]:
@@ -180,7 +192,7 @@ def train_teacher(
     player = Player("teacher", model, loss, learning_rate)
     train(
         [player],
-        batch_of,
+        lambda step: data.shuffled(step, settings),
         prepare,
         settings,
         device=device,

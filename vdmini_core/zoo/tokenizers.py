@@ -17,8 +17,10 @@ WORD_END = "</w>"
 SPACE = "▁"  # before each word, by SentencePiece's convention
 
 
-def write_clip_tokenizer(folder: Path, words: Iterable[str]) -> int:
-    """Write vocab.json, merges.txt and tokenizer_config.json of a `CLIPTokenizer`; the number of tokens.
+def write_clip_tokenizer(folder: Path, words: Iterable[str], length: int = CLIP_LENGTH) -> int:
+    """Write vocab.json, merges.txt and tokenizer_config.json of a `CLIPTokenizer`; the number of tokens it knows.
+
+    A text is padded or cut to `length` tokens, start and end included.
 
     Each of the words (letters only, lower case) is one token; any other text is spelled in single bytes but for
     the longest ending that it shares with a word.
@@ -33,7 +35,7 @@ def write_clip_tokenizer(folder: Path, words: Iterable[str]) -> int:
     write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
-    write_json(folder / "tokenizer_config.json", _config("CLIPTokenizer", CLIP_LENGTH) | special)
+    write_json(folder / "tokenizer_config.json", _config("CLIPTokenizer", length) | special)
     return len(tokens)
 
 

@@ -42,10 +42,13 @@ def new_temporal_vae() -> AutoencoderKLTemporalDecoder:
 
 
 def new_frame_vae(trained: AutoencoderKLTemporalDecoder) -> AutoencoderKL:
-    """Stable Diffusion's class, with the encoder of SVD's, which is the same; its decoder is untrained."""
+    """Stable Diffusion's class, with the encoder and scale of SVD's, so the same latents; its decoder is untrained."""
     vae = _quietened(AutoencoderKL(**LAYOUT, up_block_types=("UpDecoderBlock2D",) * 3))
     vae.encoder.load_state_dict(trained.encoder.state_dict())
     vae.quant_conv.load_state_dict(trained.quant_conv.state_dict())
+    vae.register_to_config(scaling_factor=trained.config.scaling_factor)
+    nn.init.dirac_(vae.post_quant_conv.weight)  # SVD's class has none; it is no part of the decoder that is trained
+    nn.init.zeros_(vae.post_quant_conv.bias)
     return vae
 
 
@@ -87,11 +90,12 @@ def train_vae(
     """L1 + L2 reconstruction of short windows plus a light KL; the averaged weights, in place.
 
     The latents' scale is set afterwards so that what the denoiser sees has unit variance, as in latent
-    diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per channel.
+    diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per channel. Where `encoder_is_fixed`
+    the decoder alone is trained and the scale stays.
     """
     torch.manual_seed(settings.seed)
     window = WINDOW[type(vae).__name__]
-    vae = vae.to(device).train()
+    vae = vae.to(device).train().requires_grad_(False)  # the loop asks for the gradients of what it trains
     trained = vae.decoder if encoder_is_fixed else vae
 
     def batch_of(step: int) -> State:
@@ -125,6 +129,8 @@ def train_vae(
     assert player.ema is not None
     player.ema.copy_to(trained)
     vae.eval().requires_grad_(False)
+    if encoder_is_fixed:
+        return vae
     with torch.no_grad():
         sample = _as_input(vae, to_model_range(clips.pixels[:64]).to(device))
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(64)])

@@ -1,0 +1,63 @@
+"""The zoo's text-to-video U-Net from nothing to a pipeline folder, with trainings of one step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, TextToVideoSDPipeline
+
+from vdmini_core.models import TextToVideoUNet, load_pipeline
+from vdmini_core.models.verify import verify_teacher
+from vdmini_core.reporting import silent_log, silent_track
+from vdmini_core.settings import EncodeSettings, LoopSettings
+from vdmini_core.zoo import build
+from vdmini_core.zoo.clips import ClipSet
+from vdmini_core.zoo.vae import new_temporal_vae
+
+
+def test_every_part_of_a_teacher_has_its_settings() -> None:
+    assert {part for parts in build.PARTS.values() for part in parts} <= set(build.SETTINGS)
+    assert set(build.PARTS) == {"i2v-shapes", "t2v-wan-shapes", "t2v-lcm-shapes"}
+
+
+def test_the_lcm_teacher_is_built_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_step = LoopSettings(max_steps=1, batch_size=1, precision="fp32", checkpoint_every=1)
+    for name, value in {"SETTINGS": dict.fromkeys(build.SETTINGS, one_step), "FRAMES": 4, "SIZE": 32}.items():
+        monkeypatch.setattr(build, name, value)
+    render = build.render_set
+
+    def few(count: int, seed: int, *, frames: int, size: int) -> ClipSet:
+        return render(2, seed, frames=frames, size=size)
+
+    monkeypatch.setattr(build, "render_set", few)
+    new_temporal_vae().half().save_pretrained(tmp_path / "vae")
+    folder, said = tmp_path / "teacher", []
+
+    def made() -> list[str]:
+        said.clear()
+        device = torch.device("cpu")
+        build.build_lcm_teacher(
+            folder, tmp_path / "vae", tmp_path / "scratch", device, silent_log, silent_track, said.append
+        )
+        return said
+
+    assert len(made()) == 4
+    assert made() == []
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    assert len(made()) == 2  # from the checkpoints of both trainings
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10e6
+
+    ours, stock = load_pipeline(folder), DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert isinstance(ours, TextToVideoUNet)
+    assert isinstance(ours.scheduler, LCMScheduler)
+    assert isinstance(stock, TextToVideoSDPipeline)
+    assert ours.default_shape() == (4, 32, 32)
+    told = ours.condition(torch.zeros(1, 3, 32, 32), ["a red circle growing"], EncodeSettings(), torch.Generator())
+    expected, _ = stock.encode_prompt(["a red circle growing"], torch.device("cpu"), 1, False)
+    torch.testing.assert_close(told["text"], expected, rtol=0, atol=1e-4)
+    assert told["text"].shape == (1, 16, 64)
+    stock.set_progress_bar_config(disable=True)
+    frames = stock("a red circle growing", height=32, width=32, num_frames=2, num_inference_steps=1, output_type="pt")
+    assert frames.frames.isfinite().all()
+    assert sorted(verify_teacher(str(folder), None).parameters) == ["text_encoder", "unet", "vae"]
