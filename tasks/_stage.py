@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import diffusers
 import torch
@@ -77,22 +77,27 @@ class Context:
 
     def provenance(self, **inputs: str) -> Provenance:
         """What produces this stage's results, with the digests of what they were made from."""
-        params = self.settings.model_dump(mode="json")
-        packages = ("vdmini", "torch", "diffusers", "transformers")
-        return Provenance(
-            commit=_git("rev-parse", "HEAD"),
-            dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
-            params=params,
-            params_digest=json_digest(params),
-            inputs=inputs,
-            software={"python": platform.python_version(), **{name: version(name) for name in packages}},
-            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device_name}",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        return provenance(self.settings.model_dump(mode="json"), self.device, inputs)
 
-    @property
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+def provenance(params: dict[str, Any], device: torch.device, inputs: dict[str, str]) -> Provenance:
+    """What produces a result here and now, from these parameters and inputs (name -> digest)."""
+    packages = ("vdmini", "torch", "diffusers", "transformers")
+    return Provenance(
+        commit=_git("rev-parse", "HEAD"),
+        dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
+        params=params,
+        params_digest=json_digest(params),
+        inputs=inputs,
+        software={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {device_name(device)}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def params_of(params: Params, stage: str) -> Settings:

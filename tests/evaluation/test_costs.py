@@ -1,11 +1,12 @@
 """What networks cost: FLOPs against counts by hand, and how latency is taken."""
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import FRAMES, LATENT_SIZE, new_inputs
-from vdmini_core.evaluation.costs import count_costs, measure_latencies, measure_units
+from vdmini_core.evaluation.costs import count_costs, elapsed_ms, measure_latencies, measure_units
 from vdmini_core.models import Condition, UNetDenoiser
 
 Inputs = tuple[Tensor, Condition]
@@ -79,6 +80,47 @@ def test_a_single_run_is_its_own_median() -> None:
     latency = measure_latencies({"": lambda: None}, CPU, runs=1, warmup=0)[""]
     assert latency.p10_ms == latency.median_ms == latency.p90_ms
     assert latency.runs == 1
+
+
+class FakeEvent:
+    """Stands in for a CUDA event on a device whose clock runs 5 ms from one record to the next."""
+
+    clock_ms = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: str) -> None:
+        assert stream == "the stream of cuda:1"
+        FakeEvent.clock_ms += 5
+        self.at_ms = FakeEvent.clock_ms
+
+    def elapsed_time(self, later: "FakeEvent") -> float:
+        return later.at_ms - self.at_ms
+
+
+def test_on_cuda_the_devices_own_clock_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device = torch.device("cuda:1")
+    assert elapsed_ms(lambda: None, device) == 5
+    assert waited == [device, device]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_events_see_all_of_the_queued_work() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+
+    def ten_products() -> None:
+        for _ in range(10):
+            x @ x
+
+    latency = measure_latencies({"": ten_products}, device, runs=3, warmup=2)[""]
+    assert latency.median_ms > 10 * 2 * 4096**3 / 2e15 * 1000  # no device does 2 PFLOP/s in float32
 
 
 def test_every_unit_gets_a_time_and_no_hook_stays(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:

@@ -41,6 +41,14 @@ def test_the_papers_layout_bypassed_is_the_papers_layout_removed(widths: tuple[i
     assert (bypassed - output_of(teacher, inputs)).abs().max() > 0.01
 
 
+def test_a_student_has_its_own_weights_unless_they_are_to_be_shared(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:
+    own, shared = tiny_unet.without(PAPER), tiny_unet.without(PAPER, shared=True)
+    assert torch.equal(output_of(own, inputs), output_of(shared, inputs))
+    taken = {parameter.data_ptr() for parameter in tiny_unet.model.parameters()}
+    assert {parameter.data_ptr() for parameter in shared.model.parameters()} < taken
+    assert not {parameter.data_ptr() for parameter in own.model.parameters()} & taken
+
+
 def test_a_bypass_ends_with_its_context_even_after_an_error(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:
     expected = output_of(tiny_unet, inputs)
     with pytest.raises(RuntimeError, match="halfway"), tiny_unet.bypass(["M", "D.3"]):

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,19 +56,32 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds from the call's start to the end of the work it queued: the device's own clock on CUDA."""
+    synchronise(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1000
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
+    first.record(stream)
+    call()
+    last.record(stream)
+    synchronise(device)
+    return float(first.elapsed_time(last))
+
+
 def measure_latencies(
-    calls: dict[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int
 ) -> dict[str, Latency]:
     """Time several calls in turn (A B C A B C ...), so that a drifting machine bears on all alike."""
     samples: dict[str, list[float]] = defaultdict(list)
     for run in range(warmup + runs):
         for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
+            spent = elapsed_ms(call, device)
             if run >= warmup:
-                samples[name].append((time.perf_counter() - start) * 1000)
+                samples[name].append(spent)
     return {name: _summary(values) for name, values in samples.items()}
 
 

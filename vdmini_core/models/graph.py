@@ -104,13 +104,14 @@ class Denoiser(ABC):
         """Module path -> stand-in for its forward, for everything that falls silent with `chosen`."""
         return {path: f for unit in self.units if unit.name in chosen for path, f in self.identity_of(unit).items()}
 
-    def without(self, names: Iterable[str]) -> Self:
-        """A new, smaller network with its own copy of the weights; raises IllegalPlan where none exists.
+    def without(self, names: Iterable[str], *, shared: bool = False) -> Self:
+        """A new, smaller network with its own copy of the weights, or `shared` ours; IllegalPlan where none exists.
 
         The new network's units are numbered anew; `surviving` gives the correspondence.
         """
         skeleton, _, (cls, config) = self._trimmed_copy(names)
-        return type(self)(rebuild(cls, config, {name: w.detach().clone() for name, w in skeleton.state_dict().items()}))
+        weights = skeleton.state_dict()
+        return type(self)(rebuild(cls, config, weights if shared else {name: w.clone() for name, w in weights.items()}))
 
     def surviving_modules(self, names: Iterable[str]) -> dict[str, str]:
         """Path of every module, in a unit or not, that is left when `names` are removed -> its path in the student."""
