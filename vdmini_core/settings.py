@@ -91,6 +91,9 @@ class SamplerSettings(Settings):
     clips: int = Field(128, gt=1)
     steps: int = Field(8, gt=0, description="Euler steps over the scheduler's own noise levels")
     batch_size: int = Field(8, gt=0)
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: the networks under autocast, about twice as fast"
+    )
     seed: int = 0
 
 

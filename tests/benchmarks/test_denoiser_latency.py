@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from typer.testing import CliRunner
 
@@ -84,12 +85,14 @@ def test_every_mode_is_a_row_of_the_table(found: dict[str, Any]) -> None:
     [
         (["svd-tx", *SMALL], r"svd-tx' is no folder.*svd-xt.*zoo:i2v-shapes.*the recipes are cogvideox-2b"),
         (["zoo:none", *SMALL], "the zoo has zoo:i2v-shapes"),
+        (["svd-xt"], "no CUDA device here; try a small model, such as zoo:i2v-shapes --device cpu"),
         (["zoo:i2v-shapes", *SMALL, "--frames", "4"], "--frames, --height and --width together"),
         (["i2v-shapes", *SMALL, "--height", "64"], "give --height and --width together"),
         (["i2v-shapes", *SMALL, "--height", "61", "--width", "64"], "61 x 64 pixels are no multiples of 4"),
     ],
 )
-def test_what_cannot_be_timed_is_one_sentence(command: list[str], told: str) -> None:
+def test_what_cannot_be_timed_is_one_sentence(command: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert "Traceback" not in result.output

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,9 +74,30 @@ def test_generated_clips_do_not_depend_on_the_batch_size(tiny_pipeline: SVD, tmp
     assert [len(clips) for clips in kept] == [1, 1, 1, 2, 1]
 
 
+def test_half_precision_is_the_networks_alone(tiny_pipeline: SVD, tmp_path: Path) -> None:
+    data = write_latents(tmp_path, 2, size=8)
+    seen: list[torch.dtype] = []
+    sample = tiny_pipeline.sample
+
+    class Watched(SVD):
+        def sample(self, *args: Any, **named: Any) -> Tensor:
+            latents = sample(*args, **named)
+            seen.append(latents.dtype)
+            return latents
+
+    pipeline = Watched(tiny_pipeline.folder, tiny_pipeline.models)
+    clips = {}
+    for precision in ("fp32", "bf16"):
+        settings = SamplerSettings(clips=2, steps=2, precision=precision)  # type: ignore[arg-type]
+        clips[precision] = next(generated_batches(pipeline, pipeline.denoiser, data, settings))[0]
+    assert clips["bf16"].dtype == torch.float32
+    assert seen == [torch.float32, torch.float32]
+    assert 0 < (clips["bf16"] - clips["fp32"]).abs().mean() < 0.02
+
+
 def test_real_clips_are_those_the_vae_shows(tiny_pipeline: SVD, tmp_path: Path) -> None:
     data = write_latents(tmp_path, 3, size=8)
-    ((clips, labels),) = decoded_batches(tiny_pipeline, data, 2, 2, first=1)
+    ((clips, labels),) = decoded_batches(tiny_pipeline, data, 2, SamplerSettings(batch_size=2), first=1)
     assert torch.equal(clips, tiny_pipeline.decode(data.rows([1, 2])["latents"]))
     assert len(labels) == 2
 

@@ -140,7 +140,8 @@ def distill(
     torch.manual_seed(loop.seed)
     discriminator = Discriminator(teacher.encoder_widths()).to(device)
     step = ICMD(teacher, student, discriminator, matches, process, settings, device)
-    players = [Player("student", student.model.train(), step.student_loss, settings.learning_rate)]
+    student.model.eval()  # dropout would draw from no generator of the step
+    players = [Player("student", student.model, step.student_loss, settings.learning_rate)]
     if settings.mca_weight > 0:
         rate = settings.discriminator.learning_rate
         players.append(Player("discriminator", discriminator, step.discriminator_loss, rate))

@@ -49,14 +49,14 @@ def evaluate_rows(
     latents, condition = rows_of_one["latents"].to(device), condition_of(rows_of_one, device)
     clips_folder.mkdir(parents=True, exist_ok=True)
 
-    reference = judge(decoded_batches(pipeline, data, settings.clips, settings.batch_size), evaluator)
-    other = judge(decoded_batches(pipeline, data, settings.clips, settings.batch_size, first=settings.clips), evaluator)
+    reference = judge(decoded_batches(pipeline, data, settings.clips, settings), evaluator)
+    other = judge(decoded_batches(pipeline, data, settings.clips, settings, first=settings.clips), evaluator)
     qualities: dict[str, Quality] = {}
     for name in ROWS:
         keep = _first_clips(settings.gallery, partial(write_clip, clips_folder, name))
         batches = generated_batches(pipeline, denoisers[name], data, settings, track, f"generate {name}", keep)
         qualities[name] = compare(judge(batches, evaluator), reference)
-    gallery = _gallery(pipeline, data, settings.gallery, clips_folder)
+    gallery = _gallery(pipeline, data, settings, clips_folder)
 
     level = torch.zeros(1, device=device)
     calls: dict[str, Callable[[], object]] = {
@@ -138,9 +138,12 @@ def _first_clips(count: int, write: Callable[[int, Tensor], None]) -> Callable[[
     return keep
 
 
-def _gallery(pipeline: Pipeline, data: LatentCache, count: int, folder: Path) -> tuple[dict[str, str], ...]:
+def _gallery(
+    pipeline: Pipeline, data: LatentCache, settings: EvaluateSettings, folder: Path
+) -> tuple[dict[str, str], ...]:
     entries = []
-    for index, (clips, labels) in enumerate(decoded_batches(pipeline, data, count, 1)):
+    one_by_one = settings.model_copy(update={"batch_size": 1})
+    for index, (clips, labels) in enumerate(decoded_batches(pipeline, data, settings.gallery, one_by_one)):
         write_clip(folder, "real", index, clips[0])
         Image.fromarray(to_frames(clips[0])[0]).save(folder / f"first-{index}.png")
         entry = {"first frame": f"first-{index}.png"}

@@ -26,6 +26,7 @@ def sampling_protocol(
         "split": data.split,
         "sampler": "the teacher's own scheduler and noise levels",
         "steps": settings.steps,
+        "precision": settings.precision,
         "guidance": "no classifier-free guidance",
         "embedded_guidance": encode.guidance,
         "condition_fps": encode.fps,

@@ -62,12 +62,14 @@ def compare(generated: Judged, reference: Judged) -> Quality:
 
 
 def decoded_batches(
-    pipeline: Pipeline, data: LatentCache, count: int, batch_size: int, first: int = 0
+    pipeline: Pipeline, data: LatentCache, count: int, settings: SamplerSettings, first: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Real clips as the VAE shows them, so that real and generated differ by the denoiser alone."""
     device = pipeline.device
-    for rows in data.batches(count, batch_size, first):
-        yield pipeline.decode(rows["latents"].to(device)), rows["labels"]
+    for rows in data.batches(count, settings.batch_size, first):
+        with _precision(device, settings):
+            clips = pipeline.decode(rows["latents"].to(device))
+        yield clips, rows["labels"]
 
 
 def generated_batches(
@@ -89,11 +91,16 @@ def generated_batches(
     for start, rows in zip(track(batches, description, len(batches)), rows_of, strict=True):
         latents = rows["latents"]
         noise = partial(noise_for, settings.seed, range(start, start + len(latents)), latents.shape[1:], device)
-        latents = pipeline.sample(denoiser, noise, condition_of(rows, device), settings.steps)
-        clips = pipeline.decode(latents)
+        with _precision(device, settings):
+            clips = pipeline.decode(pipeline.sample(denoiser, noise, condition_of(rows, device), settings.steps))
         if keep is not None:
             keep(clips)
         yield clips, rows["labels"]
+
+
+def _precision(device: torch.device, settings: SamplerSettings) -> torch.autocast:
+    """Of the networks within; what the sampler itself computes stays in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 def noise_for(seed: int, clips: range, shape: torch.Size, device: torch.device | str, draw: int = 0) -> Tensor:

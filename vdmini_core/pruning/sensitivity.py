@@ -39,9 +39,9 @@ def measure_sensitivity(
     latency = measure_units(denoiser, latents, condition, runs=settings.latency_runs)
 
     count = min(max(settings.gate_clips, settings.clips), len(data))
-    real = judge(decoded_batches(pipeline, data, count, settings.batch_size), evaluator)
+    real = judge(decoded_batches(pipeline, data, count, settings), evaluator)
     reference = real.first(settings.clips)
-    other = judge(decoded_batches(pipeline, data, settings.clips, settings.batch_size, settings.clips), evaluator)
+    other = judge(decoded_batches(pipeline, data, settings.clips, settings, settings.clips), evaluator)
 
     def quality_without(names: Sequence[str]) -> Quality:
         with denoiser.bypass(names):
