@@ -19,7 +19,9 @@ def peak_memory_bytes(folder: Path, latents: Tensor, condition: Condition) -> in
     """
     device = str(latents.device)
     inputs = {name: value.cpu() for name, value in condition.items()}
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload([__name__])  # the libraries are imported once, for every network
+    with fresh.Pool(1) as pool:
         return pool.apply(_measure, (folder, device, latents.cpu(), inputs))
 
 
