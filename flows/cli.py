@@ -34,7 +34,7 @@ def explained() -> Iterator[None]:
     """What the user can mend, as one paragraph on stderr and exit code 2 instead of a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, LookupError, ConnectionError) as error:
+    except (ValueError, LookupError, OSError, MemoryError) as error:
         typer.echo(f"vdmini: {error}", err=True)
         raise typer.Exit(2) from None
 
@@ -120,6 +120,18 @@ def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as
         from tasks._stage import run_stage
 
         run_stage(name)
+
+
+@app.command(rich_help_panel=RUN)
+def upload(
+    journals: Annotated[list[Path], typer.Argument(help="unsent-*.jsonl files of .scratch/tracking.", exists=True)],
+) -> None:
+    """Send to MLflow what a dead server did not take; the stage's warning names the file."""
+    with explained():
+        from tasks._tracking import upload_journal
+
+        for journal in journals:
+            typer.echo(f"{journal}: run {upload_journal(journal)}")
 
 
 @app.command(rich_help_panel=RUN)

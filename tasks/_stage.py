@@ -1,12 +1,15 @@
 """What every stage gets around its 20 lines: validated params, tracking, progress, signals, provenance."""
 
+import errno
 import importlib
 import logging
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,7 +21,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from vdmini_core.artifacts import Provenance, json_digest
+from vdmini_core.artifacts import Provenance, disk_is_full, json_digest
 from vdmini_core.settings import Params, Settings, load_params
 
 if TYPE_CHECKING:
@@ -29,6 +32,10 @@ T = TypeVar("T")
 STAGES = ("data", "teacher", "encode", "sensitivity", "plan", "prune", "distill", "evaluate", "register")
 ARTIFACTS = Path("artifacts")
 SCRATCH = Path(".scratch")
+
+# The last part of the settings, of the stage and of `data`, on which its hunger depends.
+MEMORY_KEYS = ("batch_size", "frames", "size")
+DISK_KEYS = ("keep_checkpoints", "checkpoint_every", "train_clips", "test_clips", "groups_per_class")
 
 
 @dataclass
@@ -127,7 +134,46 @@ def run_stage(name: str) -> None:
             context.stopping = True
 
         signal.signal(signal.SIGTERM, stop)
-        module.run(context)
+        with resources_explained(context):
+            module.run(context)
+
+
+@contextmanager
+def resources_explained(context: Context) -> Iterator[None]:
+    """Say which settings to change when memory (MemoryError) or disk (OSError) runs out."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        if disk_is_full(error):
+            free = shutil.disk_usage(Path.cwd()).free
+            raise OSError(
+                errno.ENOSPC,
+                f"stage {context.stage}: the disk of {Path.cwd()} is full, {free / 1e9:.3g} GB are free ({reason}). "
+                f"Make room ({SCRATCH / 'checkpoints'} keeps those of earlier settings, which may go)"
+                f"{_settings_text(context, DISK_KEYS, ', or change ')}; then the same command goes on",
+            ) from error
+        if _memory_is_full(error):
+            raise MemoryError(
+                f"stage {context.stage} is out of memory ({reason}). Give it more"
+                f"{_settings_text(context, MEMORY_KEYS, ', or lower ')}"
+            ) from error
+        raise
+
+
+def _memory_is_full(error: BaseException) -> bool:
+    # PyTorch has no class of its own for the CPU's.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _settings_text(context: Context, leaves: tuple[str, ...], lead: str) -> str:
+    """`lead` and the settings in question with their values, or nothing if the stage has none."""
+    from tasks._tracking import flatten
+
+    sections = {context.stage: context.settings, "data": context.params.data}
+    flat = flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
+    found = [f"{key} ({value})" for key, value in flat.items() if key.rsplit(".", 1)[1] in leaves]
+    return lead + " or ".join(found) if found else ""
 
 
 def quieten() -> None:

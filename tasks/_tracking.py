@@ -1,7 +1,8 @@
 """MLflow lives here and nowhere else: runs whose metrics outlive a dead server, and the registry.
 
-What a stage reports is on disk before MLflow hears of it. A background thread uploads in batches;
-a dead server costs a stage a few seconds and one warning line, never its result.
+What a stage reports is on disk before MLflow hears of it. A background thread uploads in batches; a
+server that died and came back gets everything, one that stays dead costs a stage some seconds at its
+end and one warning line, which says how to send the rest later; never its result.
 """
 
 import json
@@ -12,10 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,14 +30,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException as MlflowException
 
+from tasks._journal import Journal, Row
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Call = Callable[[MlflowClient, str], Any]  # what to send, given the client and the run's id
 T = TypeVar("T")
 
 EXPERIMENT = "vdmini"
 PARENT_VARIABLE = "VDMINI_PARENT_RUN_ID"
 UPLOAD_EVERY_S = 3.0
+RETRY_EVERY_S, RETRY_FOR_S = 1.0, 20.0  # at the end of a stage; a server starts in 5 to 15 s
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000  # MLflow's limits: per batch, per batch, characters
+MAX_ROWS = 500  # of a journal, in memory at once
+SENT = "metrics.jsonl"
 
 logger = logging.getLogger("vdmini.tracking")
 
@@ -111,26 +114,104 @@ def _status(error: BaseException) -> Status:
     return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
+class Upload:
+    """Sends a journal to MLflow, each row at least once: of a metric sent again MLflow keeps one."""
+
+    def __init__(self, journal: Journal, uri: str) -> None:
+        self.journal, self._uri = journal, uri
+        known = [row["run_id"] for row in journal.read()[0] if "run_id" in row]
+        self.run_id: str | None = known[-1] if known else None
+        self.beat = time.monotonic()  # when the server last took something
+        self._client: MlflowClient | None = None
+        self._offset = 0
+        self._left: list[Row] = []  # what is no metric and was not taken yet
+
+    def send(self, end: Row | None = None) -> None:
+        """Send what the server does not have yet; raise the last problem after everything was tried.
+
+        `end`, a row of status and time, ends the run, even if something else was refused.
+        """
+        try:
+            self._send_rows()
+        finally:
+            if end is not None and self._client is not None and self.run_id is not None:
+                self._client.set_terminated(self.run_id, end["status"], end["time_ms"])
+
+    def _send_rows(self) -> None:
+        client = self._client = self._client or connect(self._uri)
+        run_id = self._begin(client)
+        while True:
+            rows, after = self.journal.read(self._offset, MAX_ROWS)
+            metrics = [
+                Metric(name, float(value), row["time_ms"], row["step"])
+                for row in rows
+                for name, value in row.get("metrics", {}).items()
+            ]
+            for batch in _batches(metrics, MAX_METRICS):
+                client.log_batch(run_id, metrics=batch)
+                self.beat = time.monotonic()
+            self._left += [row for row in rows if "metrics" not in row]
+            if after == self._offset:
+                break
+            self._offset = after
+        left, self._left, problem = self._left, list[Row](), None
+        for row in left:
+            try:
+                _send_row(client, run_id, row)
+                self.beat = time.monotonic()
+            except Exception as error:
+                self._left.append(row)
+                problem = error
+        if problem is not None:
+            raise problem
+
+    def _begin(self, client: MlflowClient) -> str:
+        if self.run_id is None:
+            run = self.journal.read(most=1)[0][0]["run"]
+            self.run_id = _create_run(client, self._uri, run["name"], run["started_ms"], run["tags"])
+            self.beat = time.monotonic()
+            self.journal.append({"run_id": self.run_id})
+        return self.run_id
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _send_row(client: MlflowClient, run_id: str, row: Row) -> None:
+    match row:
+        case {"params": params}:
+            for batch in _batches([Param(key, value) for key, value in params.items()], MAX_PARAMS):
+                client.log_batch(run_id, params=batch)
+        case {"tags": tags}:
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        case {"artifact": path, "folder": folder}:
+            send = client.log_artifacts if Path(path).is_dir() else client.log_artifact
+            send(run_id, path, folder or None)
+
+
 class Tracker:
-    """One stage's run; made by `open_tracker`. Its methods never raise because of MLflow."""
+    """One stage's run; made by `open_tracker`. Its methods never raise or wait because of MLflow.
+
+    Everything goes into the journal `unsent-<milliseconds>.jsonl`, which a thread uploads in batches. Once
+    MLflow has it all, the file becomes `metrics.jsonl`, in place of the run before.
+    """
 
     def __init__(self, stage: str, params: dict[str, Any], folder: Path) -> None:
-        self._uri = tracking_uri()
-        self._stage, self._path = stage, folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self._started_ms = int(time.time() * 1000)
-        self._lock = threading.Lock()
-        self._metrics: list[Metric] = []
-        self._calls: deque[Call] = deque()
-        self._run_id: str | None = None
-        self._status: Status | None = None
+        started_ms = int(time.time() * 1000)
+        self._uri = tracking_uri()
+        self._journal = Journal(folder / f"unsent-{started_ms}.jsonl")
+        tags = {"vdmini.stage": stage}
+        if parent := os.environ.get(PARENT_VARIABLE):
+            tags["mlflow.parentRunId"] = parent
+        self._journal.append({"run": {"name": stage, "started_ms": started_ms, "tags": tags}})
+        self._journal.append({"params": flatten(params)})
+        self._upload = Upload(self._journal, self._uri)
         self._error: BaseException | None = None
-        self._beat = time.monotonic()
+        self._end: Row | None = None
+        self._retry_until = 0.0
         self._tried, self._closing = threading.Event(), threading.Event()
-        rows = [Param(key, value) for key, value in flatten(params).items()]
-        for start in range(0, len(rows), MAX_PARAMS):
-            part = rows[start : start + MAX_PARAMS]
-            self._calls.append(partial(MlflowClient.log_batch, params=part))
         self._thread = threading.Thread(target=self._work, name="mlflow-upload", daemon=True)
         self._thread.start()
         self._tried.wait(_patience_s(self._uri))
@@ -138,87 +219,59 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """The MLflow run's id, or None while no server has answered."""
-        return self._run_id
+        return self._upload.run_id
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append one line to metrics.jsonl, now; queue the same numbers for MLflow.
-
-        Values that are not finite become null on disk, which JSON can hold.
-        """
-        values, now = {name: float(value) for name, value in metrics.items()}, time.time()
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._path.open("a") as stream:
-            stream.write(json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n")
-        with self._lock:
-            self._metrics += [Metric(name, value, int(now * 1000), step) for name, value in values.items()]
+        """Append one row to the journal; values that are not finite become "nan" or "inf", as JSON has none."""
+        values = {name: float(value) for name, value in metrics.items()}
+        plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._journal.append({"step": step, "time_ms": int(time.time() * 1000), "metrics": plain})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Queue the upload of a file, or of a folder's files; it must stay in place until the run closes."""
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; write the file before tracker.artifact()")
-        send = MlflowClient.log_artifacts if path.is_dir() else MlflowClient.log_artifact
-        self._calls.append(lambda client, run_id: send(client, run_id, str(path.resolve()), folder or None))
+        self._journal.append({"artifact": str(path.resolve()), "folder": folder})
 
     def tags(self, values: dict[str, str]) -> None:
         """Queue tags of the run."""
-        self._calls.append(partial(MlflowClient.log_batch, tags=[RunTag(k, str(v)) for k, v in values.items()]))
+        self._journal.append({"tags": {key: str(value) for key, value in values.items()}})
 
     def close(self, status: Status) -> None:
-        """Upload the rest and end the run; give up after a few seconds without progress."""
-        self._status, closed = status, time.monotonic()
+        """Upload the rest and end the run, or warn where the rest is and how to send it.
+
+        A server that this run has seen alive is given RETRY_FOR_S to come back, unless the stage failed
+        or was told to stop; any other wait ends after a few seconds without progress.
+        """
+        self._end = {"status": status, "time_ms": int(time.time() * 1000)}
+        with suppress(OSError):  # a full disk may be why the stage ends
+            self._journal.append(self._end)
+        patient = status == "FINISHED" and self.run_id is not None
+        self._retry_until = time.monotonic() + (RETRY_FOR_S if patient else 0.0)
         self._closing.set()
         while self._thread.is_alive():
             self._thread.join(0.05)
-            if time.monotonic() - max(closed, self._beat) > _patience_s(self._uri):
+            if time.monotonic() - max(self._retry_until, self._upload.beat) > _patience_s(self._uri):
                 break
+        file = self._journal.file
         if self._thread.is_alive() or self._error is not None:
-            _warn(self._uri, self._error, f"run {self._run_id or '(none)'}; every metric is in {self._path}")
+            _warn(self._uri, self._error, f"every metric is in {file}; to send it later: vdmini upload {file}")
+        else:
+            with suppress(OSError):
+                file.replace(file.with_name(SENT))
 
     def _work(self) -> None:
-        """The upload thread: at once, then every few seconds, and a last time at close."""
-        client: MlflowClient | None = None
-        last = False
+        """The upload thread: at once, every few seconds, and at close until everything is sent or time is up."""
         while True:
-            self._error = None
+            closing, self._error = self._closing.is_set(), None
             try:
-                client = client or connect(self._uri)
-                self._upload(client, last)
+                self._upload.send(self._end if closing else None)
             except Exception as error:  # a tracking outage must not stop training
                 self._error = error
             self._tried.set()
-            if last:
-                return
-            last = self._closing.wait(UPLOAD_EVERY_S)
-
-    def _upload(self, client: MlflowClient, last: bool) -> None:
-        """Send everything queued; keep what fails for the next time and raise its error at the end."""
-        if self._run_id is None:
-            tags = {"vdmini.stage": self._stage}
-            if parent := os.environ.get(PARENT_VARIABLE):
-                tags["mlflow.parentRunId"] = parent
-            self._run_id = _create_run(client, self._uri, self._stage, self._started_ms, tags)
-            self._tried.set()
-        run_id, failed, error = self._run_id, list[Call](), None
-        while self._calls:
-            call = self._calls.popleft()
-            try:
-                call(client, run_id)
-                self._beat = time.monotonic()
-            except Exception as problem:
-                failed.append(call)
-                error = problem
-        self._calls.extendleft(reversed(failed))
-        try:
-            while batch := self._metrics[:MAX_METRICS]:
-                client.log_batch(run_id, metrics=batch)
-                self._beat = time.monotonic()
-                with self._lock:
-                    del self._metrics[: len(batch)]
-        finally:
-            if last:
-                client.set_terminated(run_id, self._status)
-        if error is not None:
-            raise error
+            if closing and (self._error is None or time.monotonic() >= self._retry_until):
+                break
+            self._closing.wait(UPLOAD_EVERY_S) if not closing else time.sleep(RETRY_EVERY_S)
 
 
 @contextmanager
@@ -243,7 +296,7 @@ def _sigterm_raises() -> Iterator[None]:
 def open_tracker(stage: str, params: dict[str, Any], folder: Path) -> Iterator[Tracker]:
     """Track one stage: a run named after it, a child of the run in VDMINI_PARENT_RUN_ID if set.
 
-    `folder` receives metrics.jsonl. The run ends FINISHED, FAILED (an exception) or KILLED (SIGTERM,
+    `folder` receives the journal of metrics. The run ends FINISHED, FAILED (an exception) or KILLED (SIGTERM,
     Ctrl-C, or `Interrupted` from the training loop).
     """
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would silently make this run be another one
@@ -255,6 +308,31 @@ def open_tracker(stage: str, params: dict[str, Any], folder: Path) -> Iterator[T
             tracker.close(_status(error))
             raise
         tracker.close("FINISHED")
+
+
+def upload_journal(file: Path) -> str:
+    """Send the journal of a run that has ended, once MLflow takes it again; returns the run's id.
+
+    A run that was killed before it could say how it ended becomes KILLED. Raises ValueError for
+    another file, ConnectionError if MLflow does not take everything; then the same call may be repeated.
+    """
+    uri, journal = tracking_uri(), Journal(file)
+    rows, _ = journal.read()
+    if not rows or "run" not in rows[0]:
+        raise ValueError(f"{file} is not the journal of a run; expected an unsent-*.jsonl of .scratch/tracking")
+    last_ms = max([row["time_ms"] for row in rows if "time_ms" in row], default=rows[0]["run"]["started_ms"])
+    end = next((row for row in rows if "status" in row), {"status": "KILLED", "time_ms": last_ms})
+    upload = Upload(journal, uri)
+    try:
+        upload.send(end)
+    except Exception as error:
+        raise ConnectionError(
+            f"MLflow at {uri} did not take everything: {' '.join(str(error).split())[:300]}; start it with "
+            "`vdmini up`, or unset MLFLOW_TRACKING_URI to use the project's mlflow.db, and repeat"
+        ) from error
+    file.replace(file.with_name(SENT))
+    assert upload.run_id is not None
+    return upload.run_id
 
 
 def _attempt(action: Callable[[MlflowClient, str], T], consequence: str) -> T | None:

@@ -8,6 +8,9 @@ from vdmini_core.models import load_denoiser
 from vdmini_core.pruning.surgery import save_denoiser
 from vdmini_core.training.history import History
 
+# Settings that change no weight: a training goes on where it was when they change.
+BOOKKEEPING = {"loop": {"log_every", "checkpoint_every", "keep_checkpoints"}}
+
 
 def run(context: Context) -> None:
     settings = context.params.distill
@@ -18,7 +21,7 @@ def run(context: Context) -> None:
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
-    fingerprint = json_digest({"settings": settings.model_dump(mode="json"), **inputs})
+    fingerprint = json_digest({"settings": settings.model_dump(mode="json", exclude=BOOKKEEPING), **inputs})
     checkpoints = SCRATCH / "checkpoints" / fingerprint[:16]
     history = History(checkpoints / "history.jsonl")
 

@@ -1,5 +1,6 @@
 """What passes between stages: frozen JSON records, digests, and writes that are whole or absent."""
 
+import errno
 import hashlib
 import json
 import os
@@ -35,8 +36,18 @@ def write_json(path: Path, record: BaseModel | dict[str, Any]) -> None:
     value = record.model_dump(mode="json") if isinstance(record, BaseModel) else record
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    try:
+        draft.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    except OSError:  # most likely a full disk
+        draft.unlink(missing_ok=True)
+        raise
     os.replace(draft, path)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space or quota; safetensors says so in its message alone."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
 
 
 def file_digest(path: Path) -> str:

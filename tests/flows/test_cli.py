@@ -48,6 +48,7 @@ def test_wrong_params_are_one_paragraph_and_exit_code_2(project: Path, old: str,
     ("command", "told"),
     [
         (["stage", "nothing"], "the stages are data, teacher"),
+        (["upload", "params.yaml"], "params.yaml is not the journal of a run"),
         (["generate", "--model", "zoo:none", "--image", "x.png", "--out", "y.mp4"], "zoo:i2v-shapes"),
     ],
 )

@@ -1,15 +1,23 @@
 """Checkpoints, averages and the metrics file: whole, bounded and readable after a crash."""
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from vdmini_core.training import checkpoint
 from vdmini_core.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from vdmini_core.training.ema import EMA
 from vdmini_core.training.history import History
+
+ROOT = Path(__file__).parents[2]
 
 
 def tensors(value: float) -> dict[str, Tensor]:
@@ -138,3 +146,85 @@ def test_the_history_is_written_as_one_file_even_when_empty(tmp_path: Path) -> N
     history.write(tmp_path / "one.json")
     assert json.loads((tmp_path / "empty.json").read_text()) == {"rows": []}
     assert json.loads((tmp_path / "one.json").read_text()) == {"rows": [{"step": 3, "loss": 5.0}]}
+
+
+FULL_DISK = """
+import sys, torch
+from pathlib import Path
+from vdmini_core.training.checkpoint import load_newest_checkpoint, save_checkpoint
+
+folder = Path(sys.argv[1]) / "checkpoints"
+try:
+    for step in range(1, 99):
+        save_checkpoint(folder, step, {"a": torch.full((100_000,), float(step))}, "f", keep=99)
+except OSError as error:
+    print(type(error).__name__, error.errno, error)
+print(sorted(path.name for path in folder.iterdir()))
+print(load_newest_checkpoint(folder, "f")[1]["a"][0].item())
+"""
+
+
+def test_a_disk_that_is_really_full_keeps_the_older_checkpoints_and_leaves_no_half(tmp_path: Path) -> None:
+    """A file system of 1 MB takes two checkpoints of 0.4 MB."""
+    mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m none "$0" && "$@"', str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    command = [*mounted, sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    told, found, value = done.stdout.splitlines()
+    assert told.startswith("OSError 28 ")
+    assert f"no space left in {tmp_path}/checkpoints for checkpoint 3 of 0.0004 GB" in told
+    assert "keep_checkpoints + 1 = 100 have to fit" in told
+    assert found == "['step-00000001', 'step-00000002']"
+    assert value == "2.0"
+
+
+@pytest.mark.parametrize("failing", ["save_file", "write_json"])
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    save_checkpoint(tmp_path, 1, tensors(1), "f", keep=1)
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, failing, fail)
+        with pytest.raises(OSError, match=f"no space left in {tmp_path} for checkpoint 2"):
+            save_checkpoint(tmp_path, 2, tensors(2), "f", keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+    assert loaded(tmp_path) == (1, 1.0)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(f"rename to {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    save_checkpoint(tmp_path, 1, tensors(1), "f", keep=1)
+    assert events == [
+        "sync state.safetensors",
+        "sync checkpoint.json",
+        "sync .step-00000001.partial",
+        "rename to step-00000001",
+        f"sync {tmp_path.name}",
+    ]
+
+
+def test_what_a_killed_save_left_behind_goes_with_the_next_save(tmp_path: Path) -> None:
+    for name in (".step-00000137.partial", ".step-00000002.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, 200, tensors(200), "f", keep=1)
+    assert names(tmp_path) == ["step-00000200"]

@@ -34,6 +34,10 @@ def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.f
     """Save the network so that it is there whole or not at all; the network itself stays as it is."""
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    copy.deepcopy(denoiser.model).to(dtype).save_pretrained(draft, safe_serialization=True)
+    try:
+        copy.deepcopy(denoiser.model).to(dtype).save_pretrained(draft, safe_serialization=True)
+    except Exception:  # most likely a full disk
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
