@@ -1,5 +1,7 @@
 """Stage distill: recover the pruned student with the ICMD loss; resumes from its own checkpoints."""
 
+from typing import Any
+
 from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
 from tasks._stage import SCRATCH, Context
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
@@ -7,6 +9,9 @@ from vdmini_core.distillation.icmd import distill
 from vdmini_core.models import load_denoiser
 from vdmini_core.pruning.surgery import save_denoiser
 from vdmini_core.training.history import History
+
+# How a step is computed, not what: a run that does not fit into memory may go on with other values of these.
+MANNER: dict[str, Any] = {"loop": {"accumulate", "parallel"}, "checkpointing": True, "compile": True}
 
 
 def run(context: Context) -> None:
@@ -18,7 +23,7 @@ def run(context: Context) -> None:
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
-    fingerprint = json_digest({"settings": settings.model_dump(mode="json"), **inputs})
+    fingerprint = json_digest({"settings": settings.model_dump(mode="json", exclude=MANNER), **inputs})
     checkpoints = SCRATCH / "checkpoints" / fingerprint[:16]
     history = History(checkpoints / "history.jsonl")
 
@@ -43,6 +48,8 @@ def run(context: Context) -> None:
         track=context.track,
         should_stop=context.should_stop,
     )
+    if not context.main:
+        return
     save_denoiser(student, context.folder / "denoiser")
     write_json(context.folder / "distill.json", context.provenance(**inputs))
     history.write(context.folder / "history.json")
