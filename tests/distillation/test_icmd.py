@@ -220,7 +220,7 @@ def test_distilling_ends_with_the_averaged_student_and_an_untouched_teacher(data
 def test_checkpointing_and_compiling_change_no_number(data: LatentCache, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
 
-    def compile_in_name(forward: Callable[..., object]) -> Callable[..., object]:
+    def compile_in_name(forward: Callable[..., object], **options: object) -> Callable[..., object]:
         compiled.append(forward)
         return lambda *args, **named: forward(*args, **named)
 

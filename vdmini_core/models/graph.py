@@ -107,7 +107,10 @@ class Denoiser(ABC):
         with ExitStack() as stack:
             for path in (path for unit in self.units for path in unit.modules):
                 module = self.model.get_submodule(path)
-                stack.enter_context(answering(module, torch.compile(module.forward)))
+                # Blocks of one class share their code, which is compiled for each width, with gradients and without.
+                options: Any = {"dynamic": False, "recompile_limit": 256}
+                forward = torch.compile(module.forward, **options)
+                stack.enter_context(answering(module, forward))
             yield
 
     @contextmanager

@@ -81,6 +81,7 @@ def joined(module: nn.Module, loss: Callable[[State], Losses], settings: LoopSet
         _shard(module)
         return loss
     module.requires_grad_(True)  # DDP averages what requires a gradient now
+    # Unused weights are searched for because some classes have weights that a call leaves out.
     return DistributedDataParallel(_Turn(module, loss), forward_sync_buffers=False, find_unused_parameters=True)
 
 
