@@ -3,13 +3,14 @@
 import errno
 import importlib
 import logging
+import os
 import platform
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import diffusers
 import torch
 import transformers
+from accelerate import PartialState
 from tqdm import tqdm
 
 from vdmini_core.artifacts import Provenance, disk_is_full, json_digest
@@ -40,12 +42,16 @@ DISK_KEYS = ("keep_checkpoints", "checkpoint_every", "train_clips", "test_clips"
 
 @dataclass
 class Context:
-    """One stage's surroundings. Paths are relative to the project's root, the working directory."""
+    """One stage's surroundings. Paths are relative to the project's root, the working directory.
+
+    Of several processes the main one alone has a tracker, and writes.
+    """
 
     stage: str
     params: Params
     tracker: "Tracker"
     device: torch.device
+    main: bool = True
     stopping: bool = False
 
     @property
@@ -113,29 +119,33 @@ def params_of(params: Params, stage: str) -> Settings:
 
 
 def run_stage(name: str) -> None:
-    """Run one stage in the working directory; what `vdmini stage NAME` and dvc.yaml call."""
+    """Run one stage in the working directory; what `vdmini stage NAME` and dvc.yaml call.
+
+    `accelerate launch ... -m flows.cli stage distill` runs it in several processes.
+    """
     if name not in STAGES:
         raise ValueError(f"there is no stage {name!r}; the stages are {', '.join(STAGES)}")
     params = load_params(Path("params.yaml"))
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     quieten()
     from tasks._tracking import open_tracker
 
     module = importlib.import_module(f"tasks.{name}")
-    settings = params_of(params, name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with open_tracker(name, settings.model_dump(mode="json"), SCRATCH / "tracking" / name) as tracker:
-        context = Context(name, params, tracker, device)
+    settings = params_of(params, name).model_dump(mode="json")
+    with processes(name) as (device, main):
+        level = logging.INFO if main else logging.ERROR
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        with open_tracker(name, settings, SCRATCH / "tracking" / name) if main else nullcontext() as tracker:
+            context = Context(name, params, tracker, device, main)
 
-        def stop(number: int, frame: object) -> None:
-            # The first signal lets training save its state; the second ends the process at once.
-            if context.stopping or name != "distill":
-                raise SystemExit(128 + number)
-            context.stopping = True
+            def stop(number: int, frame: object) -> None:
+                # The first signal lets training save its state; the second ends the process at once.
+                if context.stopping or name != "distill":
+                    raise SystemExit(128 + number)
+                context.stopping = True
 
-        signal.signal(signal.SIGTERM, stop)
-        with resources_explained(context):
-            module.run(context)
+            signal.signal(signal.SIGTERM, stop)
+            with resources_explained(context):
+                module.run(context)
 
 
 @contextmanager
@@ -174,6 +184,19 @@ def _settings_text(context: Context, leaves: tuple[str, ...], lead: str) -> str:
     flat = flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
     found = [f"{key} ({value})" for key, value in flat.items() if key.rsplit(".", 1)[1] in leaves]
     return lead + " or ".join(found) if found else ""
+
+
+@contextmanager
+def processes(stage: str) -> Iterator[tuple[torch.device, bool]]:
+    """This process's device, and whether it is the main one of those that a launcher started, as it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu"), True
+        return
+    if stage != "distill":
+        raise ValueError(f"stage {stage} runs in one process; start it without a launcher: vdmini stage {stage}")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    yield state.device, state.is_main_process
+    state.destroy_process_group()
 
 
 def quieten() -> None:

@@ -1,5 +1,7 @@
 """Stage distill: recover the pruned student with the ICMD loss; resumes from its own checkpoints."""
 
+from typing import Any
+
 from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
 from tasks._stage import SCRATCH, Context
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
@@ -8,8 +10,13 @@ from vdmini_core.models import load_denoiser
 from vdmini_core.pruning.surgery import save_denoiser
 from vdmini_core.training.history import History
 
-# Settings that change no weight: a training goes on where it was when they change.
-BOOKKEEPING = {"loop": {"log_every", "checkpoint_every", "keep_checkpoints"}}
+# Settings that change no result: how often a run reports and saves, and how a step is computed. A run that does
+# not fit into memory may go on with other values of these.
+MANNER: dict[str, Any] = {
+    "loop": {"log_every", "checkpoint_every", "keep_checkpoints", "accumulate", "parallel"},
+    "checkpointing": True,
+    "compile": True,
+}
 
 
 def run(context: Context) -> None:
@@ -21,7 +28,7 @@ def run(context: Context) -> None:
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
-    fingerprint = json_digest({"settings": settings.model_dump(mode="json", exclude=BOOKKEEPING), **inputs})
+    fingerprint = json_digest({"settings": settings.model_dump(mode="json", exclude=MANNER), **inputs})
     checkpoints = SCRATCH / "checkpoints" / fingerprint[:16]
     history = History(checkpoints / "history.jsonl")
 
@@ -46,6 +53,8 @@ def run(context: Context) -> None:
         track=context.track,
         should_stop=context.should_stop,
     )
+    if not context.main:
+        return
     save_denoiser(student, context.folder / "denoiser")
     write_json(context.folder / "distill.json", context.provenance(**inputs))
     history.write(context.folder / "history.json")

@@ -19,14 +19,18 @@ class LoopSettings(Settings):
 
     seed: int = 0
     max_steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, description="clips of a step, in all micro-batches of all processes together")
+    accumulate: int = Field(1, gt=0, description="micro-batches of a step, one after the other; less memory")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        "ddp", description="several processes: a copy of what is trained in each (ddp), or a share (fsdp2)"
+    )
     warmup_steps: int = Field(100, ge=0)
     decay_fraction: float = Field(0.4, ge=0, le=1, description="share of the steps, at the end, of the cosine decay")
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="gradients are clipped to this L2 norm")
     ema_decay: float = Field(0.998, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of autocast; fp16 on CUDA alone")
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
@@ -147,6 +151,8 @@ class DistillSettings(Settings):
     sigma_mean: float = Field(0.0, description="training noise levels are log-normal")
     sigma_std: float = Field(1.4, gt=0)
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    checkpointing: bool = Field(False, description="compute activations twice instead of keeping them; less memory")
+    compile: bool = Field(False, description="torch.compile for every block of teacher and student")
 
 
 class EvaluateSettings(SamplerSettings):

@@ -1,20 +1,23 @@
 """One ICMD step: who receives gradients, what the heads read, and when they count."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import new_unet, output_of, write_latents
+from tests.models.tiny_transformers import new_condition, new_latents, new_transformer
+from tests.tiny import new_inputs, new_unet, output_of, write_latents
 from vdmini_core.data.latents import LatentCache
 from vdmini_core.diffusion.process import VPrediction
 from vdmini_core.distillation.heads import Discriminator
 from vdmini_core.distillation.icmd import ICMD, distill
 from vdmini_core.distillation.taps import encoder_features, tapped
-from vdmini_core.models import Condition, UNetDenoiser
+from vdmini_core.models import Condition, Denoiser, UNetDenoiser
 from vdmini_core.settings import DiscriminatorSettings, DistillSettings, LoopSettings
-from vdmini_core.training.loop import State
+from vdmini_core.training.distributed import State
 
 REMOVED = ("D.0.1", "U.3.1")
 LOOP = LoopSettings(max_steps=2, batch_size=2, warmup_steps=0, precision="fp32", log_every=1, checkpoint_every=1)
@@ -36,7 +39,7 @@ class Players:
         self.step = ICMD(self.teacher, self.student, self.heads, matches, VPrediction(), settings, torch.device("cpu"))
 
     def prepare(self, step: int, seed: int = 0) -> State:
-        return self.step.prepare(self.batch, torch.Generator().manual_seed(seed), step)
+        return self.step.prepare(self.step.draw(self.batch, torch.Generator().manual_seed(seed)), step)
 
     def touched(self) -> dict[str, bool]:
         """Whether any parameter of each player received a gradient."""
@@ -102,7 +105,7 @@ def test_a_student_that_is_the_teacher_has_no_content_loss_and_its_task_loss(dat
     heads = Discriminator(teacher.encoder_widths())
     matches = {unit.name: unit.name for unit in teacher.units}
     step = ICMD(teacher, teacher.without(()), heads, matches, VPrediction(), SETTINGS, torch.device("cpu"))
-    state = step.prepare(data.shuffled(0, 2, 0), torch.Generator().manual_seed(0), 30)
+    state = step.prepare(step.draw(data.shuffled(0, 2, 0), torch.Generator().manual_seed(0)), 30)
     losses = step.student_loss(state)
     assert losses["icd"].item() == 0
     assert all(torch.equal(fake, real) for fake, real in zip(state["fake"], state["real"], strict=True))
@@ -156,6 +159,28 @@ def test_encoder_features_are_the_stage_outputs_of_a_full_pass(
     assert torch.equal(output_of(tiny_unet, inputs), whole)
 
 
+@pytest.mark.parametrize("name", ["U-Net", "WanTransformer3DModel"])
+def test_a_checkpointed_teacher_gives_the_heads_the_same_features_and_gradients(name: str) -> None:
+    denoiser: Denoiser = new_unet() if name == "U-Net" else new_transformer(name)
+    latents, condition = new_inputs() if name == "U-Net" else (new_latents(), new_condition())
+    found = []
+    for kept in (denoiser.checkpointed, nullcontext):
+        noisy = latents.clone().requires_grad_()
+        with kept():
+            features = encoder_features(denoiser, noisy, torch.tensor([0.3]), condition)
+            torch.stack([feature.square().mean() for feature in features]).sum().backward()
+        found.append([noisy.grad, *features])
+    for again, once in zip(*found, strict=True):
+        torch.testing.assert_close(again, once)
+
+
+def test_a_class_without_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = new_unet()
+    monkeypatch.setattr(type(denoiser.model), "_supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match=r"distill\.checkpointing is true, but UNetSpatio.* set it to false"):
+        denoiser.checkpointed().__enter__()
+
+
 def test_every_stage_has_two_heads_that_keep_the_place_of_its_features() -> None:
     heads = Discriminator([8, 12])
     features = [torch.randn(2, 8, 4, 6, 6), torch.randn(2, 12, 4, 3, 3)]
@@ -190,3 +215,30 @@ def test_distilling_ends_with_the_averaged_student_and_an_untouched_teacher(data
     assert not any(p.requires_grad for p in student.model.parameters())
     assert sorted(seen) == [0, 1]
     assert {"train/student/total", "train/student/mca", "train/discriminator/total"} <= set(seen[0])
+
+
+def test_checkpointing_and_compiling_change_no_number(data: LatentCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+
+    def compile_in_name(forward: Callable[..., object], **options: object) -> Callable[..., object]:
+        compiled.append(forward)
+        return lambda *args, **named: forward(*args, **named)
+
+    monkeypatch.setattr(torch, "compile", compile_in_name)
+    heads = DiscriminatorSettings(warmup_steps=0, ramp_steps=1)
+    curves: dict[str, list[dict[str, float]]] = {"": [], "checkpointing": [], "compile": []}
+    for option, rows in curves.items():
+        settings = SETTINGS.model_copy(update={"discriminator": heads} | ({option: True} if option else {}))
+        teacher = new_unet()
+        student = teacher.without(REMOVED)
+
+        def log(metrics: dict[str, float], step: int, rows: list[dict[str, float]] = rows) -> None:
+            rows.append(metrics)
+
+        matches = teacher.surviving(REMOVED)
+        distill(teacher, student, matches, VPrediction(), data, settings, torch.device("cpu"), log=log)
+        modules = [*teacher.model.modules(), *student.model.modules()]
+        assert not any("forward" in vars(module) for module in modules)
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    assert curves["checkpointing"] == curves["compile"] == curves[""]
+    assert len(compiled) == sum(len(unit.modules) for unit in (*teacher.units, *student.units))

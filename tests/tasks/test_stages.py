@@ -170,6 +170,25 @@ def test_distillation_killed_midway_resumes_to_the_same_weights(project: Path, i
     assert folder_digest(project / "artifacts/distill/denoiser") == whole
 
 
+def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path) -> None:
+    write_params(inside, distill={**PARAMS["distill"], "loop": {**PARAMS["distill"]["loop"], "seed": 1}})
+    tracked = inside / ".scratch/tracking/distill/metrics.jsonl"
+    before = len(tracked.read_text().splitlines())
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--main_process_port", "0", "-m", "flows.cli", "stage"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        subprocess.run([*launch, "distill"], env=environment, check=True)
+    finally:
+        write_params(inside)
+    assert len(tracked.read_text().splitlines()) == before + 6
+    rows = json.loads((inside / "artifacts/distill/history.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert load_denoiser(inside / "artifacts/distill/denoiser").units
+    other = subprocess.run([*launch, "plan"], env=environment, capture_output=True, text=True)
+    assert "stage plan runs in one process; start it without a launcher" in other.stderr
+
+
 def test_an_illegal_plan_is_refused_before_anything_is_written(inside: Path) -> None:
     write_params(inside, plan={"method": "manual", "remove": ["D.0.1"]})
     try:

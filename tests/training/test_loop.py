@@ -11,20 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import Batch, Interrupted, NonFiniteLoss, Player, State, learning_rate_factor, train
+from vdmini_core.training.distributed import Batch, State
+from vdmini_core.training.loop import Interrupted, NonFiniteLoss, learning_rate_factor, train
+from vdmini_core.training.player import Player
+
+BatchOf = Callable[[int, torch.Generator], Batch]
 
 SETTINGS = LoopSettings(
     max_steps=10, batch_size=4, warmup_steps=2, precision="fp32", log_every=1, checkpoint_every=2, ema_decay=0.9
 )
 
 
-def batch_of(step: int) -> Batch:
-    generator = torch.Generator().manual_seed(step)
-    return {"ids": [step, step + 1], "x": torch.randn(4, 3, generator=generator)}
+def batch_of(step: int, generator: torch.Generator) -> Batch:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+    return {"ids": [step, step + 1, 8, 9], "x": x, "noise": torch.randn(x.shape, generator=generator)}
 
 
-def prepare(batch: Batch, generator: torch.Generator, step: int) -> State:
-    return {"x": batch["x"], "noise": torch.randn(batch["x"].shape, generator=generator)}
+def prepare(batch: Batch, step: int) -> State:
+    return {"x": batch["x"], "noise": batch["noise"]}
 
 
 def new_players(count: int) -> list[Player]:
@@ -54,10 +58,18 @@ def state_of(players: list[Player]) -> dict[str, Tensor]:
 
 
 def run(
-    count: int, folder: Path | None = None, batches: Callable[[int], Batch] = batch_of, **options: object
+    count: int, folder: Path | None = None, batches: BatchOf = batch_of, changes: object = None, **options: object
 ) -> dict[str, Tensor]:
     players = new_players(count)
-    train(players, batches, prepare, SETTINGS, device=torch.device("cpu"), checkpoints=folder, **options)
+    train(
+        players,
+        batches,
+        prepare,
+        SETTINGS.model_copy(update=changes),
+        device=torch.device("cpu"),
+        checkpoints=folder,
+        **options,
+    )
     return state_of(players)
 
 
@@ -65,11 +77,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def killed_at(step: int) -> Callable[[int], Batch]:
-    def batches(current: int) -> Batch:
+def killed_at(step: int) -> BatchOf:
+    def batches(current: int, generator: torch.Generator) -> Batch:
         if current == step:
             raise KeyboardInterrupt
-        return batch_of(current)
+        return batch_of(current, generator)
 
     return batches
 
@@ -139,12 +151,47 @@ def test_stopping_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_names_player_step_and_batch(tmp_path: Path, value: float) -> None:
-    def batches(step: int) -> Batch:
-        return {"ids": [step, 77], "x": torch.full((4, 3), value if step == 5 else 1.0)}
+    def batches(step: int, generator: torch.Generator) -> Batch:
+        batch = batch_of(step, generator)
+        batch["x"][2] = value if step == 5 else 1.0
+        return batch
 
-    with pytest.raises(NonFiniteLoss, match=r"the loss of first is (nan|inf) at step 5, batch \[5, 77\]; lower"):
+    with pytest.raises(NonFiniteLoss, match=r"the loss of first is (nan|inf) at step 5, batch \[5, 6, 8, 9\]; lower"):
         run(2, tmp_path, batches)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_of_a_batch_that_is_not_finite_the_micro_batch_is_named() -> None:
+    def batches(step: int, generator: torch.Generator) -> Batch:
+        batch = batch_of(step, generator)
+        batch["x"][2] = math.nan
+        return batch
+
+    with pytest.raises(NonFiniteLoss, match=r"at step 0, batch \[8, 9\]; lower"):
+        run(2, batches=batches, changes={"accumulate": 2})
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_add_up_to_the_batch(parts: int) -> None:
+    rows: dict[int, list[dict[str, float]]] = {1: [], parts: []}
+    ends = {
+        count: run(2, changes={"accumulate": count}, log=lambda row, step, kept=kept: kept.append(row))
+        for count, kept in rows.items()
+    }
+    for row, expected in zip(rows[parts], rows[1], strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    for name, value in ends[parts].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loop.batch_size is 4, .* loop.accumulate x processes = 3 x 1: change"):
+        run(1, changes={"accumulate": 3})
+
+
+def test_float16_is_refused_without_cuda() -> None:
+    with pytest.raises(ValueError, match=r"loop.precision is fp16, which needs a CUDA device, not cpu"):
+        run(1, changes={"precision": "fp16"})
 
 
 def test_only_the_player_whose_turn_it_is_requires_gradients() -> None:

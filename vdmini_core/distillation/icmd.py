@@ -5,6 +5,7 @@ teacher's features frame by frame (ICD), and an adversarial loss on multi-frame 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -21,9 +22,12 @@ from vdmini_core.distillation.losses import (
 )
 from vdmini_core.distillation.taps import encoder_features, tapped
 from vdmini_core.models import Denoiser
+from vdmini_core.models.graph import config_of, rebuild
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import DistillSettings
-from vdmini_core.training.loop import Batch, Player, State, train
+from vdmini_core.training.distributed import Batch, State, gathered, is_main
+from vdmini_core.training.loop import train
+from vdmini_core.training.player import Player
 
 
 class ICMD:
@@ -55,19 +59,25 @@ class ICMD:
         into = step - timing.warmup_steps
         return self.settings.mca_weight * min(max(into / max(timing.ramp_steps, 1), 0.0), 1.0)
 
-    def prepare(self, batch: Batch, generator: torch.Generator, step: int) -> State:
-        """Noise the clips, and run the teacher once on what the student will see."""
-        x0: Tensor = batch["latents"]
+    def draw(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The clips with their noise levels and noise, everything that is random in a step."""
+        shape = batch["latents"].shape
         heads = self.settings.discriminator
-        sigma = self.process.draw(len(x0), self.settings.sigma_mean, self.settings.sigma_std, generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        heads_sigma = self.process.draw(len(x0), heads.sigma_mean, heads.sigma_std, generator)
-        heads_noise = torch.randn(x0.shape, generator=generator)
+        return batch | {
+            "sigma": self.process.draw(shape[0], self.settings.sigma_mean, self.settings.sigma_std, generator),
+            "noise": torch.randn(shape, generator=generator),
+            "heads_sigma": self.process.draw(shape[0], heads.sigma_mean, heads.sigma_std, generator),
+            "heads_noise": torch.randn(shape, generator=generator),
+        }
+
+    def prepare(self, batch: Batch, step: int) -> State:
+        """Noise the clips, and run the teacher once on what the student will see."""
+        x0, noise, sigma = batch["latents"], batch["noise"], batch["sigma"]
         state: State = {
             "noisy": self.process.noised(x0, noise, sigma).to(self.device),
             "sigma": sigma.to(self.device),
-            "heads_sigma": heads_sigma.to(self.device),
-            "heads_noise": heads_noise.to(self.device),
+            "heads_sigma": batch["heads_sigma"].to(self.device),
+            "heads_noise": batch["heads_noise"].to(self.device),
             "condition": condition_of(batch, self.device),
             "mca_weight": self.mca_weight(step),
         }
@@ -135,8 +145,11 @@ def distill(
     track: Track = silent_track,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train `student` in place towards `teacher`; ends with its averaged (EMA) weights."""
-    loop = settings.loop
+    """Train `student` in place towards `teacher`; ends with its averaged (EMA) weights.
+
+    Under FSDP2 it is whole again in the main process, and stays sharded in the others.
+    """
+    loop, student_class = settings.loop, type(student.model)
     torch.manual_seed(loop.seed)
     discriminator = Discriminator(teacher.encoder_widths()).to(device)
     step = ICMD(teacher, student, discriminator, matches, process, settings, device)
@@ -145,18 +158,27 @@ def distill(
     if settings.mca_weight > 0:
         rate = settings.discriminator.learning_rate
         players.append(Player("discriminator", discriminator, step.discriminator_loss, rate))
-    train(
-        players,
-        lambda position: data.shuffled(position, loop.batch_size, loop.seed),
-        step.prepare,
-        loop,
-        device=device,
-        checkpoints=checkpoints,
-        fingerprint=fingerprint,
-        log=log,
-        track=track,
-        should_stop=should_stop,
-    )
+    with ExitStack() as stack:
+        for denoiser in (teacher, student):
+            if settings.checkpointing:
+                stack.enter_context(denoiser.checkpointed())
+            if settings.compile:
+                stack.enter_context(denoiser.compiled())
+        train(
+            players,
+            lambda position, generator: step.draw(data.shuffled(position, loop.batch_size, loop.seed), generator),
+            step.prepare,
+            loop,
+            device=device,
+            checkpoints=checkpoints,
+            fingerprint=fingerprint,
+            log=log,
+            track=track,
+            should_stop=should_stop,
+        )
     assert players[0].ema is not None
     players[0].ema.copy_to(student.model)
+    weights = gathered(student.model.state_dict())
+    if is_main():
+        student.model = rebuild(student_class, config_of(student.model), weights)
     student.model.eval().requires_grad_(False)

@@ -28,7 +28,8 @@ def individual_content_loss(
 
     Features have the frames folded into the batch, [B * T, C, h, w], so every frame is compared with
     its own counterpart only: content, not motion. `normalised` divides d by the variance of the teacher's
-    features of the tap, without which the taps with the largest activations have the sum to themselves.
+    features of the tap, without which the taps with the largest activations have the sum to themselves. It is the
+    variance over the clips at hand, so this term alone is not quite the mean of what parts of a batch have.
     """
     if len(student) != len(teacher) or not student:
         raise ValueError(f"{len(student)} student taps against {len(teacher)} teacher taps")

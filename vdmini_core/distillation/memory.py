@@ -38,8 +38,8 @@ def distillation_memory(
     step = ICMD(teacher, student, heads, matches, VPrediction(), settings, meta)
     batch = {"latents": torch.zeros(latents.shape), **{CONDITION + name: value for name, value in condition.items()}}
     position = settings.discriminator.warmup_steps + settings.discriminator.ramp_steps + 1
-    with AsOnAccelerator(settings.loop.precision == "bf16"):
-        state = step.prepare(batch, torch.Generator().manual_seed(0), position)
+    with AsOnAccelerator(settings.loop.precision != "fp32"):
+        state = step.prepare(step.draw(batch, torch.Generator().manual_seed(0)), position)
         weights = itertools.chain(*(module.parameters() for module in (teacher.model, student.model, heads)))
         saved = saved_storages(lambda: step.student_loss(state), weights)
     activations = total_bytes(storages_of(state) | saved)
@@ -50,7 +50,7 @@ def distillation_memory(
         "teacher_weights": WEIGHT * of_teacher,
         "student_weights": WEIGHT * of_student,
         "discriminator_weights": WEIGHT * of_heads,
-        "gradients": WEIGHT * max(of_student, trained - of_student),
+        "gradients": WEIGHT * trained,
         "optimizer": 2 * WEIGHT * trained,
         "ema": WEIGHT * trained,
         "activations": activations,

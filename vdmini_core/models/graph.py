@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
@@ -99,6 +100,32 @@ class Denoiser(ABC):
             for path, forward in self._silent(set(expand(names, self.units))).items():
                 stack.enter_context(answering(self.model.get_submodule(path), forward))
             yield
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Within the context what every unit computes is compiled; taps hook it from outside, and still fire."""
+        with ExitStack() as stack:
+            for path in (path for unit in self.units for path in unit.modules):
+                module = self.model.get_submodule(path)
+                # Blocks of one class share their code, which is compiled for each width, with gradients and without.
+                options: Any = {"dynamic": False, "recompile_limit": 256}
+                forward = torch.compile(module.forward, **options)
+                stack.enter_context(answering(module, forward))
+            yield
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Within the context activations are computed again in the backward pass, as diffusers has it for the class."""
+        if not type(self.model)._supports_gradient_checkpointing:
+            raise ValueError(
+                f"distill.checkpointing is true, but {type(self.model).__name__} has no activation checkpointing in "
+                "diffusers; set it to false"
+            )
+        self.model.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            self.model.disable_gradient_checkpointing()
 
     def _silent(self, chosen: set[str]) -> dict[str, Callable[..., Any]]:
         """Module path -> stand-in for its forward, for everything that falls silent with `chosen`."""

@@ -94,14 +94,15 @@ def dry_run(params: Params, distillation_memory: DistillationMemory) -> DryRun:
     removed = METHODS[params.plan.method](teacher, params.plan)
     student = teacher.without(removed)
     before, after = (count_on_meta(denoiser, latents, source) for denoiser in (teacher, student))
-    batch = params.distill.loop.batch_size
+    batch = max(params.distill.loop.batch_size // params.distill.loop.accumulate, 1)
     parts = {
         "sensitivity": sensitivity_memory(teacher, latents, params.sensitivity.batch_size),
         "distillation": distillation_memory(
             teacher, student, teacher.surviving(removed), params.distill, *meta_inputs(teacher, latents, batch)
         ),
     }
-    told = {"fp32": "float32", "bf16": "bfloat16 as autocast has it on CUDA"}[params.distill.loop.precision]
+    types = {"fp32": "float32", "bf16": "bfloat16 as autocast has it on CUDA", "fp16": "float16 as autocast has it"}
+    told = types[params.distill.loop.precision]
     figures = {"precision": told, "distill_batch": batch, "sensitivity_batch": params.sensitivity.batch_size}
     return DryRun(
         teacher=source,

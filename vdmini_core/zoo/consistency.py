@@ -15,7 +15,9 @@ from vdmini_core.models import Condition, Denoiser
 from vdmini_core.models.videocrafter import guidance_embedding
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import Batch, Player, State, train
+from vdmini_core.training.distributed import Batch, State
+from vdmini_core.training.loop import train
+from vdmini_core.training.player import Player
 from vdmini_core.zoo.teacher import LatentSet
 
 GUIDANCE = 0.0, 4.0
@@ -82,17 +84,21 @@ def distil_consistency(
     lower = torch.cat([torch.zeros(1), levels[:-1]])
     untold = {name: value.to(device) for name, value in untold.items()}
 
+    def batch_of(step: int, generator: torch.Generator) -> Batch:
+        batch = data.shuffled(step, settings)
+        count = len(batch["chosen"])
+        level = torch.randint(len(levels), (count,), generator=generator)
+        scale = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(count, generator=generator)
+        noise = torch.randn(data.latents[batch["chosen"]].shape, generator=generator)
+        return batch | {"level": level, "scale": scale, "noise": noise}
+
     @torch.no_grad()
-    def prepare(batch: Batch, generator: torch.Generator, step: int) -> State:
+    def prepare(batch: Batch, step: int) -> State:
         assert player.ema is not None
         player.ema.copy_to(target.model)
-        chosen = batch["chosen"]
-        clean = data.latents[chosen]
-        level = torch.randint(len(levels), (len(chosen),), generator=generator)
-        scale = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(chosen), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        chosen, level, scale = batch["chosen"], batch["level"], batch["scale"]
         sigma, following = levels[level].to(device), lower[level].to(device)
-        noisy = process.noised(clean.to(device), noise.to(device), sigma)
+        noisy = process.noised(data.latents[chosen].to(device), batch["noise"].to(device), sigma)
         condition = {name: value[chosen].to(device) for name, value in data.condition.items()}
         reached = guided_step(base, process, noisy, sigma, following, condition, untold, scale.to(device))
         condition["guidance"] = guidance_embedding(scale).to(device)
@@ -114,7 +120,7 @@ def distil_consistency(
     player = Player("student", student.model, loss, learning_rate)
     train(
         [player],
-        lambda step: data.shuffled(step, settings),
+        batch_of,
         prepare,
         settings,
         device=device,

@@ -15,7 +15,9 @@ from vdmini_core.data.video import read_clip, write_video
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import Player, State, train
+from vdmini_core.training.distributed import Batch, State
+from vdmini_core.training.loop import train
+from vdmini_core.training.player import Player
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
 
@@ -62,19 +64,18 @@ def train_evaluator(
     torch.manual_seed(settings.seed)
     evaluator = Evaluator().to(device)
 
-    def batch_of(step: int) -> State:
+    def batch_of(step: int, generator: torch.Generator) -> Batch:
         g = torch.Generator().manual_seed(settings.seed * 7919 + step)
         clips = variants[step % len(variants)]
         ids = torch.randint(len(clips), (settings.batch_size,), generator=g)
-        told = {"labels": clips.labels[ids], "beacons": clips.beacons[ids]}
-        return {"ids": ids.tolist(), "pixels": clips.pixels[ids], **told}
-
-    def prepare(batch: State, generator: torch.Generator, step: int) -> State:
-        x = to_model_range(batch["pixels"])
+        x = to_model_range(clips.pixels[ids])
         strength = torch.rand(len(x), generator=generator) * 0.15
         strength *= torch.rand(len(x), generator=generator) < 0.5
         x = x + strength[:, None, None, None, None] * torch.randn(x.shape, generator=generator)
-        return {"clips": x.to(device)} | {name: batch[name].to(device) for name in ("labels", "beacons")}
+        return {"ids": ids.tolist(), "clips": x, "labels": clips.labels[ids], "beacons": clips.beacons[ids]}
+
+    def prepare(batch: Batch, step: int) -> State:
+        return {name: batch[name].to(device) for name in ("clips", "labels", "beacons")}
 
     def loss(state: State) -> dict[str, Tensor]:
         judged, labels = evaluator(state["clips"]), state["labels"]

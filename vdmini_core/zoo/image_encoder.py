@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import State
+from vdmini_core.training.distributed import State
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 from vdmini_core.zoo.labels import train_labels
 

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from vdmini_core.data.synthetic import COLOURS, MOTIONS, SHAPES
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import Batch, Player, State, train
+from vdmini_core.training.distributed import Batch, State
+from vdmini_core.training.loop import train
+from vdmini_core.training.player import Player
 
 SIZES = {"shape": len(SHAPES), "colour": len(COLOURS), "motion": len(MOTIONS)}
 
@@ -33,15 +35,13 @@ def train_labels(
     heads = nn.ModuleList(nn.Linear(width, size) for size in SIZES.values())
     model = nn.ModuleDict({"encoder": encoder, "heads": heads}).to(device)
 
-    def batch_of(step: int) -> Batch:
+    def batch_of(step: int, generator: torch.Generator) -> Batch:
         g = torch.Generator().manual_seed(settings.seed * 7919 + step)
         ids = torch.randint(len(labels), (settings.batch_size,), generator=g)
-        return {"ids": ids.tolist(), "chosen": ids}
+        return {"ids": ids.tolist(), **inputs(ids, generator), "labels": labels[ids]}
 
-    def prepare(batch: Batch, generator: torch.Generator, step: int) -> State:
-        chosen = batch["chosen"]
-        tensors = {**inputs(chosen, generator), "labels": labels[chosen]}
-        return {name: value.to(device) for name, value in tensors.items()}
+    def prepare(batch: Batch, step: int) -> State:
+        return {name: value.to(device) for name, value in batch.items() if name != "ids"}
 
     def loss(state: State) -> dict[str, Tensor]:
         embedding = embed(state)

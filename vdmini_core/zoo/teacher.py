@@ -16,7 +16,9 @@ from vdmini_core.diffusion.process import Process, like
 from vdmini_core.models import Condition, Denoiser, Pipeline
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import EncodeSettings, LoopSettings
-from vdmini_core.training.loop import Batch, Player, State, train
+from vdmini_core.training.distributed import Batch, State
+from vdmini_core.training.loop import train
+from vdmini_core.training.player import Player
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
 LEVELS = 0.0, 1.4
@@ -167,15 +169,21 @@ def train_teacher(
     """
     model: Any = denoiser.model.to(device).eval()  # dropout would draw from no generator of the step
 
-    def prepare(batch: State, generator: torch.Generator, step: int) -> State:
-        chosen = batch["chosen"]
-        x0 = data.latents[chosen]
-        sigma = process.draw(len(chosen), *levels, generator)
+    def batch_of(step: int, generator: torch.Generator) -> Batch:
+        batch = data.shuffled(step, settings)
+        x0 = data.latents[batch["chosen"]]
+        sigma = process.draw(len(x0), *levels, generator)
         noise = torch.randn(x0.shape, generator=generator)
+        kept = torch.rand(len(x0), generator=generator) >= UNTOLD_SHARE
+        return batch | {"sigma": sigma, "noise": noise, "kept": kept}
+
+    def prepare(batch: Batch, step: int) -> State:
+        chosen, sigma, noise = batch["chosen"], batch["sigma"], batch["noise"]
+        x0 = data.latents[chosen]
         condition = {name: value[chosen] for name, value in data.condition.items()}
         if untold is not None:
-            kept = torch.rand(len(chosen), generator=generator) >= UNTOLD_SHARE
-            condition = {name: torch.where(like(kept, v), v, untold[name].cpu()) for name, v in condition.items()}
+            told = batch["kept"]
+            condition = {name: torch.where(like(told, v), v, untold[name].cpu()) for name, v in condition.items()}
         return {
             "target": process.target(x0, noise, sigma).to(device),
             "noisy": process.noised(x0, noise, sigma).to(device),
@@ -192,7 +200,7 @@ def train_teacher(
     player = Player("teacher", model, loss, learning_rate)
     train(
         [player],
-        lambda step: data.shuffled(step, settings),
+        batch_of,
         prepare,
         settings,
         device=device,

@@ -16,7 +16,7 @@ from vdmini_core.artifacts import write_json
 from vdmini_core.data.synthetic import ALL_LABELS, describe_label
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import State
+from vdmini_core.training.distributed import State
 from vdmini_core.zoo.labels import train_labels
 from vdmini_core.zoo.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from vdmini_core.zoo.vae import LATENT_CHANNELS
@@ -141,11 +141,11 @@ def train_text_encoder(
     labels = torch.tensor([(label.shape, label.colour, label.motion) for label in ALL_LABELS])
 
     def chosen_tokens(chosen: Tensor, generator: torch.Generator) -> State:
-        return {"ids": tokens.input_ids[chosen], "mask": tokens.attention_mask[chosen]}
+        return {"tokens": tokens.input_ids[chosen], "mask": tokens.attention_mask[chosen]}
 
     def mean(state: State) -> Tensor:
         mask = state["mask"]
-        hidden = encoder(state["ids"], attention_mask=mask).last_hidden_state * mask[..., None]
+        hidden = encoder(state["tokens"], attention_mask=mask).last_hidden_state * mask[..., None]
         return hidden.sum(1) / mask.sum(1, keepdim=True)  # type: ignore[no-any-return]
 
     train_labels(encoder, mean, TEXT_WIDTH, chosen_tokens, labels, settings, device, log, track)

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
-from vdmini_core.training.loop import Player, State, train
+from vdmini_core.training.distributed import Batch, State
+from vdmini_core.training.loop import train
+from vdmini_core.training.player import Player
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
 WINDOW = {"AutoencoderKLTemporalDecoder": 4, "AutoencoderKL": 4, "AutoencoderKLWan": 5}
@@ -98,22 +100,19 @@ def train_vae(
     vae = vae.to(device).train().requires_grad_(False)  # the loop asks for the gradients of what it trains
     trained = vae.decoder if encoder_is_fixed else vae
 
-    def batch_of(step: int) -> State:
+    def batch_of(step: int, generator: torch.Generator) -> Batch:
         g = torch.Generator().manual_seed(settings.seed * 7919 + step)
         ids = torch.randint(len(clips), (settings.batch_size,), generator=g)
         first = int(torch.randint(clips.pixels.shape[1] - window + 1, (1,), generator=g))
-        return {"ids": ids.tolist(), "pixels": clips.pixels[ids, first : first + window]}
+        pixels = clips.pixels[ids, first : first + window]
+        order = (LATENT_CHANNELS, window) if isinstance(vae, AutoencoderKLWan) else (window, LATENT_CHANNELS)
+        noise = torch.randn(len(ids), *order, *(side // 4 for side in pixels.shape[2:4]), generator=generator)
+        return {"ids": ids.tolist(), "pixels": pixels, "noise": noise}
 
-    def prepare(batch: State, generator: torch.Generator, step: int) -> State:
+    def prepare(batch: Batch, step: int) -> State:
         images = _as_input(vae, to_model_range(batch["pixels"]).to(device))
-        posterior_shape = (
-            len(images),
-            LATENT_CHANNELS,
-            *images.shape[2:-2],
-            images.shape[-2] // 4,
-            images.shape[-1] // 4,
-        )
-        return {"images": images, "noise": torch.randn(posterior_shape, generator=generator).to(device)}
+        noise = batch["noise"].flatten(0, batch["noise"].ndim - images.ndim)  # by frames where the images are
+        return {"images": images, "noise": noise.to(device)}
 
     def loss(state: State) -> dict[str, Tensor]:
         posterior = vae.encode(state["images"]).latent_dist
