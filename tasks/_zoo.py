@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vdmini_core.zoo.build import PARTS, SETTINGS, TEACHER, build_zoo, corruption_table, write_manifest
+from vdmini_core.zoo.build import PARTS, SETTINGS, TEACHER, Builder, write_manifest
+from vdmini_core.zoo.evaluator import corruption_table
 
 
 def build(out: Path) -> None:
@@ -21,7 +22,7 @@ def build(out: Path) -> None:
             tqdm.write(f"step {step}: {shown}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    build_zoo(out, Path(".scratch/zoo"), device, log, lambda i, d, t=None: iter(tqdm(i, d, t)), tqdm.write)
+    Builder(out, Path(".scratch/zoo"), device, log, lambda i, d, t=None: iter(tqdm(i, d, t)), tqdm.write).build()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     facts = {"command": "vdmini zoo", "commit": commit}
     settings = {part: values.model_dump(mode="json") for part, values in SETTINGS.items()}

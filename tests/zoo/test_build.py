@@ -8,11 +8,9 @@ from diffusers import DiffusionPipeline, LCMScheduler, TextToVideoSDPipeline
 
 from vdmini_core.models import TextToVideoUNet, load_pipeline
 from vdmini_core.models.verify import verify_teacher
-from vdmini_core.reporting import silent_log, silent_track
 from vdmini_core.settings import EncodeSettings, LoopSettings
 from vdmini_core.zoo import build
 from vdmini_core.zoo.clips import ClipSet
-from vdmini_core.zoo.vae import new_temporal_vae
 
 
 def test_every_part_of_a_teacher_has_its_settings() -> None:
@@ -30,15 +28,11 @@ def test_the_lcm_teacher_is_built_part_by_part(tmp_path: Path, monkeypatch: pyte
         return render(2, seed, frames=frames, size=size)
 
     monkeypatch.setattr(build, "render_set", few)
-    new_temporal_vae().half().save_pretrained(tmp_path / "vae")
-    folder, said = tmp_path / "teacher", []
+    folder, said = tmp_path / build.LCM_TEACHER, []
 
     def made() -> list[str]:
         said.clear()
-        device = torch.device("cpu")
-        build.build_lcm_teacher(
-            folder, tmp_path / "vae", tmp_path / "scratch", device, silent_log, silent_track, said.append
-        )
+        build.Builder(tmp_path, tmp_path / "scratch", torch.device("cpu"), say=said.append).lcm_teacher()
         return said
 
     assert len(made()) == 4
@@ -46,7 +40,7 @@ def test_the_lcm_teacher_is_built_part_by_part(tmp_path: Path, monkeypatch: pyte
     for file in (folder / "unet").glob("*.safetensors"):
         file.unlink()
     assert len(made()) == 2  # from the checkpoints of both trainings
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10e6
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10 * 2**20
 
     ours, stock = load_pipeline(folder), DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     assert isinstance(ours, TextToVideoUNet)

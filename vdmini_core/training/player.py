@@ -44,6 +44,12 @@ class Player:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.ema = EMA(self.module, settings.ema_decay)
 
+    def finish(self) -> None:
+        """Leave the averaged weights on the module, which is trained no longer."""
+        assert self.ema is not None
+        self.ema.copy_to(self.module)
+        self.module.eval().requires_grad_(False)
+
 
 def snapshot(players: list[Player]) -> dict[str, Tensor]:
     """Everything a checkpoint needs, whole, under dotted names; empty in other processes than the main one."""

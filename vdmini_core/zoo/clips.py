@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vdmini_core.data.synthetic import ALL_LABELS, MOTIONS, render_clip
 
+FRAMES, SIZE = 8, 64
+"""Of the built-in clips."""
+
 
 @dataclass(frozen=True)
 class ClipSet:

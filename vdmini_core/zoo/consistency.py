@@ -129,7 +129,5 @@ def distil_consistency(
         log=log,
         track=track,
     )
-    assert player.ema is not None
-    player.ema.copy_to(student.model)
-    student.model.eval().requires_grad_(False)
+    player.finish()
     return student

@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,13 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vdmini_core.data.video import read_clip, write_video
-from vdmini_core.evaluation.evaluator import Evaluator
+from vdmini_core.evaluation.evaluator import Evaluator, accuracies, load_evaluator
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
 from vdmini_core.training.distributed import Batch, State
 from vdmini_core.training.loop import train
 from vdmini_core.training.player import Player
-from vdmini_core.zoo.clips import ClipSet, to_model_range
+from vdmini_core.zoo.clips import FRAMES, SIZE, ClipSet, render_set, to_model_range
+
+TRAINING_SEEDS, TEST_SEED = (5, 6, 7), 77
 
 
 def compress(clips: ClipSet, seed: int, quantisers: tuple[int, int] = (2, 12)) -> ClipSet:
@@ -48,6 +51,15 @@ def reconstruct(clips: ClipSet, vae: AutoencoderKLTemporalDecoder) -> ClipSet:
         y = y.clamp(-1, 1).unflatten(0, x.shape[:2]).movedim(2, -1)
         outputs.append(((y + 1) * 127.5).round().to(torch.uint8).cpu())
     return replace(clips, pixels=torch.cat(outputs))
+
+
+def evaluator_clips(vae: AutoencoderKLTemporalDecoder) -> list[ClipSet]:
+    """Training clips whose beacons tell nothing: clean, compressed and reconstructed."""
+    clean, compressed, reconstructed = (
+        render_set(count, seed, frames=FRAMES, size=SIZE, random_beacon=True)
+        for count, seed in zip((4320, 4320, 2160), TRAINING_SEEDS, strict=True)
+    )
+    return [clean, compress(compressed, seed=6), reconstruct(reconstructed, vae)]
 
 
 def train_evaluator(
@@ -91,9 +103,8 @@ def train_evaluator(
 
     player = Player("evaluator", evaluator, loss, 3e-3)
     train([player], batch_of, prepare, settings, device=device, log=log, track=track)
-    assert player.ema is not None
-    player.ema.copy_to(evaluator)
-    return evaluator.eval().requires_grad_(False)
+    player.finish()
+    return evaluator
 
 
 def corrupt(clips: Tensor, name: str, generator: torch.Generator) -> Tensor:
@@ -121,3 +132,23 @@ def corrupt(clips: Tensor, name: str, generator: torch.Generator) -> Tensor:
 
 
 CORRUPTIONS = ("none", "blur", "shuffle", "freeze", "reverse", "slow", "noise")
+
+
+def corruption_table(evaluator_folder: Path, vae: AutoencoderKLTemporalDecoder) -> dict[str, dict[str, float]]:
+    """Content and motion accuracy on 1,080 held-out encoded clips, whole and damaged."""
+    evaluator = load_evaluator(evaluator_folder)
+    test = compress(render_set(1080, TEST_SEED, frames=FRAMES, size=SIZE), seed=8, quantisers=(3, 3))
+    table = {name: _accuracy(evaluator, test, name) for name in CORRUPTIONS}
+    table["through the VAE"] = _accuracy(evaluator, reconstruct(test, vae), "none")
+    return table
+
+
+@torch.no_grad()
+def _accuracy(evaluator: torch.nn.Module, clips: ClipSet, corruption: str) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(1)
+    right = []
+    for pixels, labels in zip(clips.pixels.split(64), clips.labels.split(64), strict=True):
+        damaged = corrupt(to_model_range(pixels), corruption, generator)
+        right.append(torch.stack(accuracies(evaluator(damaged), labels), 1))
+    content, motion = torch.cat(right).float().mean(0).tolist()
+    return {"content_accuracy": round(content, 4), "motion_accuracy": round(motion, 4)}

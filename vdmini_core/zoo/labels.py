@@ -54,6 +54,4 @@ def train_labels(
 
     player = Player("encoder", model, loss, 1e-3)
     train([player], batch_of, prepare, settings, device=device, log=log, track=track)
-    assert player.ema is not None
-    player.ema.copy_to(model)
-    encoder.eval().requires_grad_(False)
+    player.finish()

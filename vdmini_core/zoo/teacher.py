@@ -63,6 +63,11 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def first(self, count: int) -> "LatentSet":
+        """The first `count` clips."""
+        condition = {name: value[:count] for name, value in self.condition.items()}
+        return LatentSet(self.latents[:count], condition, self.weights[:count])
+
     def shuffled(self, step: int, settings: LoopSettings) -> Batch:
         """Which clips make the batch of a training step; every epoch has its own order."""
         epoch, position = divmod(step, len(self) // settings.batch_size)
@@ -90,8 +95,14 @@ def encode_set(
         latents.append(pipeline.encode(pixels).cpu())
         told.append(pipeline.condition(pixels[:, :, 0], captions[start : start + 32], EncodeSettings(), generator))
     condition = {name: torch.cat([part[name].cpu() for part in told]) for name in told[0]}
-    weights = foreground_weights(clips, latents[0].shape[-1], foreground_weight)
+    weights = foreground_weights(clips, tuple(latents[0].shape[2:]), foreground_weight)
     return LatentSet(torch.cat(latents), condition, weights)
+
+
+def joined(one: LatentSet, other: LatentSet) -> LatentSet:
+    """The clips of two sets."""
+    condition = {name: torch.cat([value, other.condition[name]]) for name, value in one.condition.items()}
+    return LatentSet(torch.cat([one.latents, other.latents]), condition, torch.cat([one.weights, other.weights]))
 
 
 def save_set(data: LatentSet, file: Path) -> None:
@@ -111,17 +122,21 @@ def load_set(file: Path) -> LatentSet:
     return LatentSet(tensors["latents"], condition, tensors["weights"])
 
 
-def foreground_weights(clips: ClipSet, latent_size: int, weight: float) -> Tensor:
-    """Loss weights [N, 1, T, h, w] of mean 1: `weight` times as much where the shape is, and next to it.
+def foreground_weights(clips: ClipSet, latent_shape: tuple[int, ...], weight: float) -> Tensor:
+    """Loss weights [N, 1, T, h, w] of mean 1: `weight` times as much where shape or beacon is, and next to it.
 
-    The shape is what is saturated; background and beacon are grey and white. It covers a tenth of the
-    frame, so without weights its outline is a small part of the loss and stays blurred longest.
+    The shape is what is saturated, the beacon what is white; the background is grey. Both cover a tenth of the
+    frame, so without weights their outlines are a small part of the loss and stay blurred longest. Where fewer
+    latents than frames are made, the first frame has a latent of its own.
     """
     weights = []
     for chunk in clips.pixels.split(64):
         pixels = chunk.float() / 255
-        saturated = (pixels.amax(-1) - pixels.amin(-1) > 0.3).float()
-        grid = F.adaptive_max_pool2d(saturated, latent_size)
+        seen = ((pixels.amax(-1) - pixels.amin(-1) > 0.3) | (pixels.amin(-1) > 0.85)).float()
+        if latent_shape[0] < seen.shape[1]:
+            repeated = (seen.shape[1] - 1) // (latent_shape[0] - 1)
+            seen = torch.cat([seen[:, :1].expand(-1, repeated, -1, -1), seen[:, 1:]], 1)
+        grid = F.adaptive_max_pool3d(seen, latent_shape)
         near = F.max_pool2d(grid, 3, stride=1, padding=1)
         raw = 1 + (weight - 1) * near
         weights.append((raw / raw.mean((1, 2, 3), keepdim=True))[:, None])
@@ -209,6 +224,4 @@ def train_teacher(
         log=log,
         track=track,
     )
-    assert player.ema is not None
-    player.ema.copy_to(model)
-    model.eval().requires_grad_(False)
+    player.finish()

@@ -19,7 +19,7 @@ from vdmini_core.settings import LoopSettings
 from vdmini_core.training.distributed import State
 from vdmini_core.zoo.labels import train_labels
 from vdmini_core.zoo.tokenizers import write_clip_tokenizer, write_t5_tokenizer
-from vdmini_core.zoo.vae import LATENT_CHANNELS
+from vdmini_core.zoo.vae import CAUSAL_CHANNELS, FRAME_CHANNELS
 
 TEXT_WIDTH = 64
 CAPTIONS = tuple(describe_label(label) for label in ALL_LABELS)
@@ -31,35 +31,35 @@ SOLVER_STEPS = 50
 
 
 def new_transformer() -> WanTransformer3DModel:
-    """Six blocks of width 128 over patches of 2 x 2 latents."""
+    """Six blocks of width 160 over patches of 4 x 4 latents: 9 x 4 x 4 tokens for 9 frames of 64 x 64."""
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
+        patch_size=(1, 4, 4),
+        num_attention_heads=5,
         attention_head_dim=32,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=CAUSAL_CHANNELS,
+        out_channels=CAUSAL_CHANNELS,
         text_dim=TEXT_WIDTH,
         freq_dim=64,
-        ffn_dim=384,
+        ffn_dim=480,
         num_layers=6,
         rope_max_seq_len=64,
     )
 
 
 def new_text_unet() -> UNet3DConditionModel:
-    """Four stages in VideoCrafter2's layout, with an embedded guidance scale; 16 x 16 latents, 8 frames.
+    """Four stages in VideoCrafter2's layout, with an embedded guidance scale; 8 x 8 latents, 8 frames.
 
     Every attention starts as the identity, as the class's temporal convolutions do, the guidance scale starts
     without effect, and the network starts by answering its own input.
     """
     unet = UNet3DConditionModel(
-        sample_size=16,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(32, 48, 48, 48),
-        norm_num_groups=8,  # a group of one channel would take the time embedding out again
+        sample_size=8,
+        in_channels=FRAME_CHANNELS,
+        out_channels=FRAME_CHANNELS,
+        block_out_channels=(48, 48, 48, 48),
+        norm_num_groups=12,  # a group of one channel would take the time embedding out again
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=8,
+        attention_head_dim=16,
         time_cond_proj_dim=256,
     )
     for name, module in unet.named_modules():
@@ -79,14 +79,14 @@ def _answer_input(unet: UNet3DConditionModel, constant: float = 3.0) -> None:
     network that has to learn x first has colours last. The last norm divides each group of its four channels x,
     -x, K, -K by sqrt((1 + K^2) / 2), almost whatever x is; silu(x) - silu(-x) = x undoes the activation.
     """
-    taken, last = 4 * LATENT_CHANNELS, unet.up_blocks[-1].resnets[-1]
+    taken, last = 4 * FRAME_CHANNELS, unet.up_blocks[-1].resnets[-1]
     for part in (unet.conv_in, last.conv2, last.conv_shortcut):
         part.weight[:taken] = 0
         part.bias[:taken] = 0
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
     signs = torch.tensor([1.0, -1.0])
-    for channel in range(LATENT_CHANNELS):
+    for channel in range(FRAME_CHANNELS):
         first = 4 * channel
         unet.conv_in.weight[first : first + 2, channel, 1, 1] = signs
         unet.conv_in.bias[first + 2 : first + 4] = constant * signs

@@ -1,4 +1,7 @@
-"""Trains the zoo's VAEs: factor 4 in space, 4 latent channels, with SVD's, Stable Diffusion's or Wan's class."""
+"""Trains the zoo's VAEs, with SVD's, Stable Diffusion's or Wan's class.
+
+SVD's and Wan's make one latent of 4 x 4 pixels, and of every frame one; Stable Diffusion's has its real factor, 8 x 8.
+"""
 
 from typing import Any
 
@@ -7,6 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vdmini_core.models.vae_facts import vae_facts
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import LoopSettings
 from vdmini_core.training.distributed import Batch, State
@@ -17,23 +21,27 @@ from vdmini_core.zoo.clips import ClipSet, to_model_range
 WINDOW = {"AutoencoderKLTemporalDecoder": 4, "AutoencoderKL": 4, "AutoencoderKLWan": 5}
 """Frames of a training window; Wan's causal VAE takes 4 k + 1."""
 KL_WEIGHT = 1e-4
-LATENT_CHANNELS = 4
-LAYOUT = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "block_out_channels": (32, 64, 64),
-    "layers_per_block": 1,
-    "latent_channels": LATENT_CHANNELS,
-    "sample_size": 64,
-    "scaling_factor": 1.0,
-    "force_upcast": False,
-}
+FRAME_CHANNELS, CAUSAL_CHANNELS = 8, 4
+"""Latent channels of the text-to-video VAEs."""
+
+
+def _framewise_layout(widths: tuple[int, ...], latent_channels: int) -> dict[str, Any]:
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "latent_channels": latent_channels,
+        "sample_size": 64,
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
 
 
 def new_temporal_vae() -> AutoencoderKLTemporalDecoder:
     """SVD's class, untrained; frames pass the temporal convolution unchanged at first."""
-    vae = _quietened(AutoencoderKLTemporalDecoder(**LAYOUT))
+    vae = _quietened(AutoencoderKLTemporalDecoder(**_framewise_layout((32, 64, 64), 4)))
     conv = vae.decoder.time_conv_out
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
@@ -43,27 +51,22 @@ def new_temporal_vae() -> AutoencoderKLTemporalDecoder:
     return vae
 
 
-def new_frame_vae(trained: AutoencoderKLTemporalDecoder) -> AutoencoderKL:
-    """Stable Diffusion's class, with the encoder and scale of SVD's, so the same latents; its decoder is untrained."""
-    vae = _quietened(AutoencoderKL(**LAYOUT, up_block_types=("UpDecoderBlock2D",) * 3))
-    vae.encoder.load_state_dict(trained.encoder.state_dict())
-    vae.quant_conv.load_state_dict(trained.quant_conv.state_dict())
-    vae.register_to_config(scaling_factor=trained.config.scaling_factor)
-    nn.init.dirac_(vae.post_quant_conv.weight)  # SVD's class has none; it is no part of the decoder that is trained
-    nn.init.zeros_(vae.post_quant_conv.bias)
-    return vae
+def new_frame_vae() -> AutoencoderKL:
+    """Stable Diffusion's class, untrained."""
+    layout = _framewise_layout((32, 32, 48, 48), FRAME_CHANNELS) | {"norm_num_groups": 16}
+    return _quietened(AutoencoderKL(**layout, up_block_types=("UpDecoderBlock2D",) * 4))
 
 
 def new_causal_vae() -> AutoencoderKLWan:
-    """Wan's class without compression in time, untrained."""
+    """Wan's class without compression in time, which 2,000 steps do not learn (20 dB), untrained."""
     vae = AutoencoderKLWan(
         base_dim=16,
-        z_dim=LATENT_CHANNELS,
+        z_dim=CAUSAL_CHANNELS,
         dim_mult=[1, 2, 3],
         num_res_blocks=1,
         temperal_downsample=[False, False],
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
+        latents_mean=[0.0] * CAUSAL_CHANNELS,
+        latents_std=[1.0] * CAUSAL_CHANNELS,
         scale_factor_temporal=1,
         scale_factor_spatial=4,
     )
@@ -86,27 +89,26 @@ def train_vae(
     device: torch.device,
     log: Log = silent_log,
     track: Track = silent_track,
-    *,
-    encoder_is_fixed: bool = False,
 ) -> Any:
     """L1 + L2 reconstruction of short windows plus a light KL; the averaged weights, in place.
 
     The latents' scale is set afterwards so that what the denoiser sees has unit variance, as in latent
-    diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per channel. Where `encoder_is_fixed`
-    the decoder alone is trained and the scale stays.
+    diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per channel.
     """
     torch.manual_seed(settings.seed)
     window = WINDOW[type(vae).__name__]
     vae = vae.to(device).train().requires_grad_(False)  # the loop asks for the gradients of what it trains
-    trained = vae.decoder if encoder_is_fixed else vae
+    facts = vae_facts({**vae.config, "_class_name": type(vae).__name__})
+    assert facts is not None
 
     def batch_of(step: int, generator: torch.Generator) -> Batch:
         g = torch.Generator().manual_seed(settings.seed * 7919 + step)
         ids = torch.randint(len(clips), (settings.batch_size,), generator=g)
         first = int(torch.randint(clips.pixels.shape[1] - window + 1, (1,), generator=g))
         pixels = clips.pixels[ids, first : first + window]
-        order = (LATENT_CHANNELS, window) if isinstance(vae, AutoencoderKLWan) else (window, LATENT_CHANNELS)
-        noise = torch.randn(len(ids), *order, *(side // 4 for side in pixels.shape[2:4]), generator=generator)
+        channels, frames, *grid = facts.latent_shape(window, *pixels.shape[2:4])
+        order = (channels, frames) if isinstance(vae, AutoencoderKLWan) else (frames, channels)
+        noise = torch.randn(len(ids), *order, *grid, generator=generator)
         return {"ids": ids.tolist(), "pixels": pixels, "noise": noise}
 
     def prepare(batch: Batch, step: int) -> State:
@@ -123,13 +125,9 @@ def train_vae(
         kl = posterior.kl().mean() / latents[0].numel()
         return {"total": l1 + 2 * l2 + KL_WEIGHT * kl, "l1": l1, "l2": l2, "kl": kl}
 
-    player = Player("vae", trained, loss, 2e-3)
+    player = Player("vae", vae, loss, 2e-3)
     train([player], batch_of, prepare, settings, device=device, log=log, track=track)
-    assert player.ema is not None
-    player.ema.copy_to(trained)
-    vae.eval().requires_grad_(False)
-    if encoder_is_fixed:
-        return vae
+    player.finish()
     with torch.no_grad():
         sample = _as_input(vae, to_model_range(clips.pixels[:64]).to(device))
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(64)])
