@@ -5,8 +5,9 @@ from typing import Any
 from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
 from tasks._stage import SCRATCH, Context
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
+from vdmini_core.distillation.answers import TeacherAnswers, teacher_needed
 from vdmini_core.distillation.icmd import distill
-from vdmini_core.models import load_denoiser
+from vdmini_core.models import Denoiser, load_denoiser, load_pipeline
 from vdmini_core.pruning.surgery import save_denoiser
 from vdmini_core.training.history import History
 
@@ -36,17 +37,27 @@ def run(context: Context) -> None:
         history.log(metrics, step)
         context.log(metrics, step)
 
-    pipeline = teacher_pipeline(context, "denoiser")
-    teacher = pipeline.denoiser
+    pipeline, data = teacher_pipeline(context), train_clips(context)  # verified; no weights are loaded yet
+
+    def load_teacher() -> Denoiser:
+        return load_pipeline(pipeline.folder, ("denoiser",), context.device).denoiser
+
+    answers = None
+    if settings.teacher_draws > 0:
+        of_answers = {name: inputs[name] for name in ("teacher", "latents")}
+        answers = TeacherAnswers(SCRATCH / "answers", data, pipeline.process, settings, of_answers)
+        answers.fill(load_teacher, context.device, context.track, context.should_stop)
+    teacher = load_teacher() if teacher_needed(settings) else None
     student = load_denoiser(context.input("prune") / "denoiser", context.device)
     distill(
         teacher,
         student,
-        teacher.surviving(plan.removed),
+        teacher.surviving(plan.removed) if teacher else {},
         pipeline.process,
-        train_clips(context),
+        data,
         settings,
         context.device,
+        answers=answers,
         checkpoints=checkpoints,
         fingerprint=fingerprint,
         log=log,

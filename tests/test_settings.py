@@ -67,6 +67,10 @@ def test_the_schema_names_every_section_of_the_file() -> None:
             MINIMAL + "plan: {method: magic}\n",
             "plan.method: Input should be 'paper', 'uniform' or 'manual', got 'magic'",
         ),
+        (
+            "distill: {task: magic, loop: {max_steps: 1, batch_size: 1}}\n",
+            "distill.task: Input should be 'denoising', 'consistency' or 'one_step', got 'magic'",
+        ),
         (MINIMAL + "evaluate: {latency_runs: 3}\n", "evaluate.latency_runs: Input should be greater than or equal to"),
         ("- a list\n", "(whole file): "),
         ("", "(whole file): "),
@@ -74,6 +78,30 @@ def test_the_schema_names_every_section_of_the_file() -> None:
 )
 def test_a_mistake_is_one_line_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     assert message in error_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            "task: one_step, target: teacher",
+            "distill: task one_step does not read target teacher; set target to data, or task to denoising",
+        ),
+        (
+            "task: consistency, teacher_draws: 2",
+            "distill: teacher_draws keeps answers of the teacher, which task consistency with target data does not "
+            "read; set teacher_draws to 0, or task to denoising and target to teacher",
+        ),
+        (
+            "target: teacher, teacher_draws: 2",
+            "distill: teacher_draws saves nothing with icd_weight 0.1, for which the teacher runs in every step; set "
+            "one of the two to 0",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_name(tmp_path: Path, keys: str, message: str) -> None:
+    error = error_of(tmp_path, f"distill: {{{keys}, loop: {{max_steps: 1, batch_size: 1}}}}\n")
+    assert error.endswith(message)
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:

@@ -96,7 +96,9 @@ def write_pipeline(folder: Path) -> Path:
     return folder
 
 
-def write_latents(folder: Path, clips: int, *, size: int = LATENT_SIZE, labelled: bool = True) -> LatentCache:
+def write_latents(
+    folder: Path, clips: int, *, size: int = LATENT_SIZE, labelled: bool = True, split: str = "test"
+) -> LatentCache:
     """An encode cache of random clips whose first latent value is the clip's index."""
     names = []
     for index, start in enumerate(range(0, clips, SHARD_CLIPS)):
@@ -105,13 +107,13 @@ def write_latents(folder: Path, clips: int, *, size: int = LATENT_SIZE, labelled
         latents[:, 0, 0, 0, 0] = torch.arange(start, start + count).float()
         labels = torch.zeros(count, 3, dtype=torch.long) if labelled else torch.full((count, 3), -1)
         tensors = {CONDITION + name: value for name, value in condition.items()}
-        names.append(write_shard(folder, "test", index, {"latents": latents, "labels": labels, **tensors}))
+        names.append(write_shard(folder, split, index, {"latents": latents, "labels": labels, **tensors}))
     manifest = LatentManifest(
-        shards={"test": tuple(names)},
-        counts={"test": clips},
+        shards={split: tuple(names)},
+        counts={split: clips},
         teacher_digest="t",
         data_digest="d",
         provenance=PROVENANCE,
     )
     write_json(folder / "latents.json", manifest)
-    return LatentCache(folder, "test")
+    return LatentCache(folder, split)

@@ -1,10 +1,10 @@
 """params.yaml, validated: one frozen model per stage, defaults and meaning in one place."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -133,26 +133,78 @@ class DiscriminatorSettings(Settings):
     sigma_std: float = Field(1.0, gt=0)
 
 
+class ConsistencySettings(Settings):
+    """Task consistency."""
+
+    steps: int = Field(50, gt=1, description="of the ODE solver whose levels the student is trained at, as LCM's 50")
+
+
+class OneStepSettings(Settings):
+    """Task one_step; its heads have the learning rate, warm-up, ramp and noise levels of `discriminator`."""
+
+    sigma_mean: float = Field(
+        4.0, description="training noise levels are log-normal; the start of sampling belongs into them, ln 700 for SVD"
+    )
+    sigma_std: float = Field(1.5, gt=0)
+    adversarial_weight: float = Field(0.1, ge=0, description="of the heads' verdict, beside a reconstruction of 1")
+
+
 class DistillSettings(Settings):
     """L_task + icd_weight * L_ICD + mca_weight * L_MCA (weights of the paper's Table 5)."""
 
     loop: LoopSettings
     learning_rate: float = Field(5.0e-4, gt=0)
+    task: Literal["denoising", "consistency", "one_step"] = Field(
+        "denoising",
+        description="L_task: the answer at any level (EDM, DDPM, flow matching); the same clip at neighbouring levels "
+        "(few-step models); or the clip from noise in one step, with heads that tell it from real ones (SF-V)",
+    )
     target: Literal["data", "teacher"] = Field(
         "data",
-        description="what L_task compares the student's answer with: the clip's own, or the teacher's answer, "
-        "as few-step (LCM) teachers need it, for a clip of their own follows from every noise",
+        description="task denoising: what L_task compares the student's answer with: the clip's own, or the teacher's "
+        "answer, as few-step (LCM) teachers need it, for a clip of their own follows from every noise",
     )
     icd_weight: float = Field(0.1, ge=0)
     icd_distance: Literal["l2", "normalised"] = Field(
         "l2", description="of features: squared difference, as in the paper, or relative to the teacher's variance"
     )
     mca_weight: float = Field(1.0, ge=0)
-    sigma_mean: float = Field(0.0, description="training noise levels are log-normal")
+    teacher_draws: int = Field(
+        0,
+        ge=0,
+        description="noises of a clip, fixed, to which the teacher's answers are computed once and kept on disk (as "
+        "many times the latents' size); 0: new noise in every step. With mca_weight 0 training needs no teacher",
+    )
+    sigma_mean: float = Field(0.0, description="task denoising: training noise levels are log-normal")
     sigma_std: float = Field(1.4, gt=0)
+    consistency: ConsistencySettings = ConsistencySettings()
+    one_step: OneStepSettings = OneStepSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them; less memory")
     compile: bool = Field(False, description="torch.compile for every block of teacher and student")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.task != "denoising" and self.target == "teacher":
+            raise _contradiction(
+                f"task {self.task} does not read target teacher; set target to data, or task to denoising"
+            )
+        if self.teacher_draws and (self.task, self.target) != ("denoising", "teacher"):
+            raise _contradiction(
+                f"teacher_draws keeps answers of the teacher, which task {self.task} with target {self.target} does "
+                "not read; set teacher_draws to 0, or task to denoising and target to teacher"
+            )
+        if self.teacher_draws and self.icd_weight > 0:
+            raise _contradiction(
+                f"teacher_draws saves nothing with icd_weight {self.icd_weight}, for which the teacher runs in every "
+                "step; set one of the two to 0"
+            )
+        return self
+
+
+def _contradiction(message: str) -> PydanticCustomError:
+    """Keys of a section that are right one by one, but not together."""
+    return PydanticCustomError("contradiction", "{message}", {"message": message})
 
 
 class EvaluateSettings(SamplerSettings):
@@ -220,6 +272,8 @@ def describe(error: ValidationError) -> str:
             parts.append(f"unknown key {key!r}")
         elif problem["type"] == "missing":
             parts.append(f"missing key {key!r}")
+        elif problem["type"] == "contradiction":
+            parts.append(f"{key}: {problem['msg']}")
         else:
             parts.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
     return "; ".join(parts)

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableVideoDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+)
 from torch import Tensor
 
 from tests.tiny import FRAMES, LATENT_SIZE
@@ -106,6 +111,32 @@ def test_with_a_perfect_network_every_sampler_arrives_at_the_clip(process: Proce
     told.clear()
     jumped = process.sample_consistency(perfect, start, sigmas, lambda index: drawn(*x0.shape, seed=index))
     torch.testing.assert_close(jumped, x0)
+
+
+def test_the_solvers_levels_of_v_are_the_stock_schedulers() -> None:
+    karras = {"prediction_type": "v_prediction", "timestep_type": "continuous", "use_karras_sigmas": True}
+    stock = EulerDiscreteScheduler(sigma_min=0.02, sigma_max=40.0, timestep_spacing="leading", **karras)
+    stock.set_timesteps(20)
+    torch.testing.assert_close(VPrediction(0.02, 40.0).solver_levels(20), stock.sigmas[:-1].flip(0), rtol=1e-4, atol=0)
+
+
+def test_the_solvers_levels_of_flow_matching_divide_time_evenly() -> None:
+    _, b = FlowMatching().shares(FlowMatching().solver_levels(4))
+    torch.testing.assert_close(b, torch.tensor([0.25, 0.5, 0.75, 1.0]))
+
+
+@each_process
+def test_the_solvers_levels_rise_and_are_as_many_as_its_steps(process: Process) -> None:
+    levels = process.solver_levels(300)  # not a divisor of the training steps
+    assert len(levels) == 300
+    assert levels[0] > 0
+    assert bool((levels.diff() > 0).all())
+
+
+def test_a_folder_says_between_which_levels_its_solver_works(tiny_pipeline: SVD) -> None:
+    config = tiny_pipeline.scheduler.config
+    levels = tiny_pipeline.process.solver_levels(5)
+    assert levels[[0, -1]].tolist() == pytest.approx([config.sigma_min, config.sigma_max], rel=1e-4)
 
 
 def network(x: Tensor, time: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from vdmini_core.distillation.losses import (
+    denoising_loss,
     discriminator_hinge_loss,
     generator_hinge_loss,
     individual_content_loss,
-    task_loss,
 )
 
 
@@ -17,8 +17,8 @@ def t(*values: float) -> torch.Tensor:
 
 def test_the_task_loss_is_the_mean_square_with_a_weight_a_clip() -> None:
     answer, target = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [3.0, 1.0]])
-    assert task_loss(answer, target, t(1.0, 1.0)).item() == 3.75
-    assert task_loss(answer, target, t(2.0, 0.1)).item() == 2.75
+    assert denoising_loss(answer, target, t(1.0, 1.0)).item() == 3.75
+    assert denoising_loss(answer, target, t(2.0, 0.1)).item() == 2.75
 
 
 def test_the_content_loss_sums_the_mean_squares_of_the_taps() -> None:

@@ -34,17 +34,19 @@ REMOVED = ("D.0.1", "U.3.1")
 SHAPE = (4, 4, 16, 16)
 
 
-def settings_of(precision: str = "fp32", mca_weight: float = 1.0) -> DistillSettings:
+def settings_of(precision: str = "fp32", mca_weight: float = 1.0, task: str = "denoising") -> DistillSettings:
     loop = {"max_steps": 1, "batch_size": 1, "precision": precision}
-    return DistillSettings.model_validate({"loop": loop, "mca_weight": mca_weight})
+    return DistillSettings.model_validate({"loop": loop, "mca_weight": mca_weight, "task": task})
 
 
 @functools.cache
-def memory_of(batch: int = 1, precision: str = "fp32", mca_weight: float = 1.0) -> dict[str, int]:
+def memory_of(
+    batch: int = 1, precision: str = "fp32", mca_weight: float = 1.0, task: str = "denoising"
+) -> dict[str, int]:
     teacher = new_unet(GROWING).on_meta()
     student, matches = teacher.without(REMOVED), teacher.surviving(REMOVED)
     inputs = meta_inputs(teacher, SHAPE, batch)
-    return distillation_memory(teacher, student, matches, settings_of(precision, mca_weight), *inputs)
+    return distillation_memory(teacher, student, matches, settings_of(precision, mca_weight, task), *inputs)
 
 
 def saved_bytes(denoiser: Denoiser, latents: Tensor, condition: Condition) -> int:
@@ -100,6 +102,15 @@ def test_a_larger_batch_needs_more_activations_and_the_same_weights() -> None:
     assert found[0]["activations"] < found[1]["activations"] < found[2]["activations"]
     weights = [{**parts, "activations": 0} for parts in found]
     assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_task_with_heads_of_its_own_needs_memory_for_them() -> None:
+    plain, other, judged = (memory_of(task=task) for task in ("denoising", "consistency", "one_step"))
+    assert other == {**plain, "activations": other["activations"]}
+    heads = plain["discriminator_weights"]
+    assert judged["discriminator_weights"] == 2 * heads
+    assert judged["optimizer"] == plain["optimizer"] + 2 * heads
+    assert judged["activations"] > plain["activations"]
 
 
 def test_half_precision_and_less_loss_need_less() -> None:

@@ -60,6 +60,10 @@ class Process(ABC):
     def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """x0 and noise that an answer to x means."""
 
+    @abstractmethod
+    def solver_levels(self, steps: int) -> Tensor:
+        """sigma [steps] of an ODE solver's steps on the CPU, rising, without the clean end."""
+
     def velocity_weight(self, sigma: Tensor) -> Tensor:
         """What makes an answer's squared error that of a velocity, [B]: 1 where the answer is one."""
         return torch.ones_like(sigma)
@@ -94,7 +98,13 @@ class Process(ABC):
 
 
 class VPrediction(Process):
-    """EDM's log-normal levels with the v-prediction of SVD, where sigma_data = 1."""
+    """EDM's log-normal levels with the v-prediction of SVD, where sigma_data = 1.
+
+    A solver's levels lie between `sigma_min` and `sigma_max`, by default SVD's.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 700.0) -> None:
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def shares(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         a = (sigma**2 + 1) ** -0.5
@@ -110,6 +120,11 @@ class VPrediction(Process):
     def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.shares(like(sigma, x))
         return a * x - b * answer, b * x + a * answer
+
+    def solver_levels(self, steps: int) -> Tensor:
+        """Evenly spaced in sigma^(1/7) (EDM, equation 5)."""
+        ends = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
+        return torch.linspace(*ends, steps, device="cpu") ** 7
 
 
 class EpsilonPrediction(Process):
@@ -145,6 +160,13 @@ class EpsilonPrediction(Process):
         a, b = self.shares(like(sigma, x))
         return (x - b * answer) / a, answer
 
+    def solver_levels(self, steps: int) -> Tensor:
+        """Those of evenly spaced training steps, up to the last, that `LCMScheduler` samples from."""
+        skip = len(self.sigmas) // steps
+        if skip == 0:
+            raise ValueError(f"a solver of {steps} steps; the process has {len(self.sigmas)}: take as many or fewer")
+        return self.sigmas[skip - 1 :: skip][:steps]
+
 
 class FlowMatching(Process):
     """Rectified flow: a straight line from clean latents to noise, whose velocity the network answers."""
@@ -162,3 +184,8 @@ class FlowMatching(Process):
     def parts(self, answer: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.shares(like(sigma, x))
         return x - b * answer, x + a * answer
+
+    def solver_levels(self, steps: int) -> Tensor:
+        """Evenly spaced in time; the last, pure noise, is infinite."""
+        share = torch.arange(1, steps + 1, device="cpu") / steps
+        return share / (1 - share)

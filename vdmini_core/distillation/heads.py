@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vdmini_core.distillation.losses import discriminator_hinge_loss
+from vdmini_core.training.distributed import Losses, State
+
 NOISE_FEATURES = 32
 
 
@@ -48,3 +51,15 @@ class Discriminator(nn.Module):
         noise = torch.cat([angles.cos(), angles.sin()], 1)
         stages = list(zip(features, self.spatial, self.temporal, strict=True))
         return [head(f, noise) for f, spatial, temporal in stages for head in (spatial, temporal)]
+
+
+def verdict(heads: Discriminator, features: Sequence[Tensor], state: State) -> list[Tensor]:
+    """The logits of clips that were noised anew to the step's sigma'."""
+    return heads(features, state["heads_sigma"].log() / 4)  # type: ignore[no-any-return]
+
+
+def discriminator_losses(heads: Discriminator, fake: Sequence[Tensor], real: Sequence[Tensor], state: State) -> Losses:
+    """The heads' side of the hinge game, and the gap between their logits."""
+    fakes, reals = verdict(heads, fake, state), verdict(heads, real, state)
+    gap = torch.stack([(r.float().mean() - f.float().mean()) for f, r in zip(fakes, reals, strict=True)]).mean()
+    return {"total": discriminator_hinge_loss(fakes, reals), "real_minus_fake": gap.detach()}

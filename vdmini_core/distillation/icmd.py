@@ -13,14 +13,11 @@ from torch import Tensor
 
 from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.diffusion.process import Process
-from vdmini_core.distillation.heads import Discriminator
-from vdmini_core.distillation.losses import (
-    discriminator_hinge_loss,
-    generator_hinge_loss,
-    individual_content_loss,
-    task_loss,
-)
-from vdmini_core.distillation.taps import encoder_features, tapped
+from vdmini_core.distillation.answers import TeacherAnswers
+from vdmini_core.distillation.heads import Discriminator, discriminator_losses, verdict
+from vdmini_core.distillation.losses import generator_hinge_loss, individual_content_loss
+from vdmini_core.distillation.taps import renoised_features, tapped
+from vdmini_core.distillation.task_losses import TASK_LOSSES
 from vdmini_core.models import Denoiser
 from vdmini_core.models.graph import config_of, rebuild
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
@@ -34,38 +31,49 @@ class ICMD:
     """Computes the losses of one step; holds the networks, owns no optimizer.
 
     `matches` maps every teacher unit that survived to the student's unit made from it; `process` is the
-    teacher's noise algebra.
+    teacher's noise algebra. With `answers`, kept on disk, the teacher does not run, and is None where no heads read
+    its encoder either.
     """
 
     def __init__(
         self,
-        teacher: Denoiser,
+        teacher: Denoiser | None,
         student: Denoiser,
-        discriminator: Discriminator,
+        discriminator: Discriminator | None,
         matches: dict[str, str],
         process: Process,
         settings: DistillSettings,
         device: torch.device,
+        answers: TeacherAnswers | None = None,
     ) -> None:
         self.teacher, self.student, self.discriminator = teacher, student, discriminator
-        self.process, self.settings, self.device = process, settings, device
-        teacher_taps, student_taps = teacher.tap_modules(), student.tap_modules()
+        self.process, self.settings, self.device, self.answers = process, settings, device, answers
+        self.task = TASK_LOSSES[settings.task](teacher, student, process, settings, device)
+        teacher_taps, student_taps = teacher.tap_modules() if teacher else {}, student.tap_modules()
         self.teacher_taps = {name: teacher_taps[name] for name in matches}
         self.student_taps = {name: student_taps[match] for name, match in matches.items()}
 
-    def mca_weight(self, step: int) -> float:
-        """0 while the heads warm up, then a linear ramp to `mca_weight`."""
+    def ramp(self, step: int) -> float:
+        """Share of their weight that adversarial losses have: 0 while the heads warm up, then rising to 1."""
         timing = self.settings.discriminator
         into = step - timing.warmup_steps
-        return self.settings.mca_weight * min(max(into / max(timing.ramp_steps, 1), 0.0), 1.0)
+        return min(max(into / max(timing.ramp_steps, 1), 0.0), 1.0)
+
+    def mca_weight(self, step: int) -> float:
+        """`mca_weight`, as far as the ramp has come."""
+        return self.settings.mca_weight * self.ramp(step)
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The clips with their noise levels and noise, everything that is random in a step."""
         shape = batch["latents"].shape
         heads = self.settings.discriminator
-        return batch | {
-            "sigma": self.process.draw(shape[0], self.settings.sigma_mean, self.settings.sigma_std, generator),
-            "noise": torch.randn(shape, generator=generator),
+        if self.answers is None:
+            drawn = self.task.draw(shape[0], generator) | {"noise": torch.randn(shape, generator=generator)}
+        else:
+            drawn = self.answers.draw(batch["ids"], shape[1:], generator)
+        return {
+            **batch,
+            **drawn,
             "heads_sigma": self.process.draw(shape[0], heads.sigma_mean, heads.sigma_std, generator),
             "heads_noise": torch.randn(shape, generator=generator),
         }
@@ -79,59 +87,65 @@ class ICMD:
             "heads_sigma": batch["heads_sigma"].to(self.device),
             "heads_noise": batch["heads_noise"].to(self.device),
             "condition": condition_of(batch, self.device),
+            "ramp": self.ramp(step),
             "mca_weight": self.mca_weight(step),
         }
-        with torch.no_grad(), tapped(self.teacher_taps) as features:
-            output = self._predict(self.teacher, state)
-            state["teacher_features"] = dict(features)
-            by_data = self.settings.target == "data"
-            state["target"] = self.process.target(x0, noise, sigma).to(self.device) if by_data else output.float()
+        with torch.no_grad():
+            if self.answers is None:
+                with tapped(self.teacher_taps) as features:
+                    answer = self._predict(self.teacher, state)
+                    state["teacher_features"] = dict(features)
+            else:
+                answer = self.answers.read(batch["ids"], batch["draw"]).to(self.device)
             if self.settings.mca_weight > 0:
-                x0_teacher = self.process.clean(output.float(), state["noisy"], state["sigma"])
+                x0_teacher = self.process.clean(answer.float(), state["noisy"], state["sigma"])
                 state["real"] = self._renoised_features(x0_teacher, state)
-        return state
+            return state | self.task.prepare(batch, state, answer)
 
     def student_loss(self, state: State) -> dict[str, Tensor]:
         """L_task + icd_weight * L_ICD + mca_weight(step) * L_MCA."""
         with tapped(self.student_taps) as features:
             output = self._predict(self.student, state)
             own = dict(features)
-        task = task_loss(output, state["target"], self.process.velocity_weight(state["sigma"]))
-        icd = individual_content_loss(
-            [own[name] for name in self.teacher_taps],
-            [state["teacher_features"][name] for name in self.teacher_taps],
-            normalised=self.settings.icd_distance == "normalised",
-        )
-        losses = {"task": task, "icd": icd}
-        total = task + self.settings.icd_weight * icd
-        if self.settings.mca_weight > 0:
+        fake: list[Tensor] = []
+        if self.settings.mca_weight > 0 or self.task.adversarial:
             x0_student = self.process.clean(output.float(), state["noisy"], state["sigma"])
-            with torch.set_grad_enabled(state["mca_weight"] > 0):
+            with torch.set_grad_enabled(state["ramp"] > 0):
                 fake = self._renoised_features(x0_student, state)
-                losses["mca"] = generator_hinge_loss(self.discriminator(fake, state["heads_sigma"].log() / 4))
             state["fake"] = [feature.detach() for feature in fake]
+
+        losses = self.task.loss(output, fake, state)
+        total = losses["task"]
+        if self.answers is None:
+            losses["icd"] = individual_content_loss(
+                [own[name] for name in self.teacher_taps],
+                [state["teacher_features"][name] for name in self.teacher_taps],
+                normalised=self.settings.icd_distance == "normalised",
+            )
+            total = total + self.settings.icd_weight * losses["icd"]
+        if self.settings.mca_weight > 0:
+            assert self.discriminator is not None
+            with torch.set_grad_enabled(state["ramp"] > 0):
+                losses["mca"] = generator_hinge_loss(verdict(self.discriminator, fake, state))
             total = total + state["mca_weight"] * losses["mca"]
         return {"total": total, **losses}
 
     def discriminator_loss(self, state: State) -> dict[str, Tensor]:
         """Hinge on the features the student's step left behind; no gradient reaches the student."""
-        level = state["heads_sigma"].log() / 4
-        fake, real = self.discriminator(state["fake"], level), self.discriminator(state["real"], level)
-        gap = torch.stack([(r.float().mean() - f.float().mean()) for f, r in zip(fake, real, strict=True)]).mean()
-        return {"total": discriminator_hinge_loss(fake, real), "real_minus_fake": gap.detach()}
+        assert self.discriminator is not None
+        return discriminator_losses(self.discriminator, state["fake"], state["real"], state)
 
-    def _predict(self, denoiser: Denoiser, state: State) -> Tensor:
+    def _predict(self, denoiser: Denoiser | None, state: State) -> Tensor:
+        assert denoiser is not None
         return denoiser(state["noisy"], self.process.time(state["sigma"]), state["condition"])
 
     def _renoised_features(self, x0: Tensor, state: State) -> list[Tensor]:
-        """Multi-frame features of the frozen teacher encoder for a clip re-noised to sigma'."""
-        sigma = state["heads_sigma"]
-        noisy = self.process.noised(x0, state["heads_noise"], sigma)
-        return encoder_features(self.teacher, noisy, self.process.time(sigma), state["condition"])
+        assert self.teacher is not None
+        return renoised_features(self.teacher, self.process, x0, state)
 
 
 def distill(
-    teacher: Denoiser,
+    teacher: Denoiser | None,
     student: Denoiser,
     matches: dict[str, str],
     process: Process,
@@ -139,27 +153,30 @@ def distill(
     settings: DistillSettings,
     device: torch.device,
     *,
+    answers: TeacherAnswers | None = None,
     checkpoints: Path | None = None,
     fingerprint: str = "",
     log: Log = silent_log,
     track: Track = silent_track,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train `student` in place towards `teacher`; ends with its averaged (EMA) weights.
+    """Train `student` in place towards `teacher`, or with `answers` alone; ends with its averaged (EMA) weights.
 
     Under FSDP2 it is whole again in the main process, and stays sharded in the others.
     """
     loop, student_class = settings.loop, type(student.model)
     torch.manual_seed(loop.seed)
-    discriminator = Discriminator(teacher.encoder_widths()).to(device)
-    step = ICMD(teacher, student, discriminator, matches, process, settings, device)
+    discriminator = Discriminator(teacher.encoder_widths()).to(device) if teacher else None
+    step = ICMD(teacher, student, discriminator, matches, process, settings, device, answers)
     student.model.eval()  # dropout would draw from no generator of the step
     players = [Player("student", student.model, step.student_loss, settings.learning_rate)]
     if settings.mca_weight > 0:
+        assert discriminator is not None
         rate = settings.discriminator.learning_rate
         players.append(Player("discriminator", discriminator, step.discriminator_loss, rate))
+    players += step.task.players()
     with ExitStack() as stack:
-        for denoiser in (teacher, student):
+        for denoiser in (teacher, student) if teacher else (student,):
             if settings.checkpointing:
                 stack.enter_context(denoiser.checkpointed())
             if settings.compile:

@@ -1,6 +1,6 @@
 """The terms of the ICMD objective as pure functions (arXiv 2411.18375, section 4).
 
-L_total = L_task + lambda_ICD * L_ICD + lambda_MCA * L_MCA.
+L_total = L_task + lambda_ICD * L_ICD + lambda_MCA * L_MCA; what L_task is made of depends on the task.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,23 @@ from torch.nn import functional as F
 
 from vdmini_core.diffusion.process import like
 
+HUBER = 1e-3
+"""Errors of latents far below count squared, those above by their size (LCM, arXiv 2310.04378)."""
 
-def task_loss(answer: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """L_task: squared error of what the network answers (v, epsilon or velocity) [B, C, T, h, w], `weight` [B].
+
+def denoising_loss(answer: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Squared error of what the network answers (v, epsilon or velocity) [B, C, T, h, w], `weight` [B].
 
     With `Process.velocity_weight` every process pays alike for an error of its velocity.
     """
     error = (answer.float() - target.float()).square()
     return (error * like(weight, error)).mean()
+
+
+def pseudo_huber_loss(x0: Tensor, target: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """Pseudo-Huber distance of two answers [B, C, T, h, w], `weights` [B, 1, T, h, w] place by place."""
+    distance = ((x0 - target).square() + HUBER**2).sqrt() - HUBER
+    return (distance * weights).mean()
 
 
 def individual_content_loss(

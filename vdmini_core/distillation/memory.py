@@ -26,7 +26,8 @@ def distillation_memory(
     """Bytes by purpose, for networks and a batch on the meta device.
 
     Activations are the student's turn of a step in which every loss counts, the fullest moment: what the
-    teacher left for it, and what autograd saves for its backward pass.
+    teacher left for it, and what autograd saves for its backward pass. With `teacher_draws` it is an upper
+    bound: the teacher, counted here, then only fills the cache before the student is there, or lends its encoder.
     """
     meta = torch.device("meta")
     with meta:
@@ -35,21 +36,24 @@ def distillation_memory(
     heads.requires_grad_(False)
     student.model.train().requires_grad_(True)
     # Which noise algebra it is makes no difference to the bytes.
-    step = ICMD(teacher, student, heads, matches, VPrediction(), settings, meta)
+    with meta:
+        step = ICMD(teacher, student, heads, matches, VPrediction(), settings, meta)
+    of_task = [player.module.requires_grad_(False) for player in step.task.players()]
     batch = {"latents": torch.zeros(latents.shape), **{CONDITION + name: value for name, value in condition.items()}}
     position = settings.discriminator.warmup_steps + settings.discriminator.ramp_steps + 1
     with AsOnAccelerator(settings.loop.precision != "fp32"):
         state = step.prepare(step.draw(batch, torch.Generator().manual_seed(0)), position)
-        weights = itertools.chain(*(module.parameters() for module in (teacher.model, student.model, heads)))
+        weights = itertools.chain(*(module.parameters() for module in (teacher.model, student.model, heads, *of_task)))
         saved = saved_storages(lambda: step.student_loss(state), weights)
     activations = total_bytes(storages_of(state) | saved)
 
     of_teacher, of_student, of_heads = (_count(module) for module in (teacher.model, student.model, heads))
-    trained = of_student + (of_heads if settings.mca_weight > 0 else 0)
+    of_judges = sum(map(_count, of_task))
+    trained = of_student + (of_heads if settings.mca_weight > 0 else 0) + of_judges
     return {
         "teacher_weights": WEIGHT * of_teacher,
         "student_weights": WEIGHT * of_student,
-        "discriminator_weights": WEIGHT * of_heads,
+        "discriminator_weights": WEIGHT * (of_heads + of_judges),
         "gradients": WEIGHT * trained,
         "optimizer": 2 * WEIGHT * trained,
         "ema": WEIGHT * trained,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vdmini_core.diffusion.process import Process
 from vdmini_core.models import Condition, Denoiser
 
 
@@ -50,3 +51,10 @@ def encoder_features(denoiser: Denoiser, noisy: Tensor, time: Tensor, condition:
     finally:
         handle.remove()
     return [denoiser.as_video(found[name], noisy) for name in stages]
+
+
+def renoised_features(denoiser: Denoiser, process: Process, x0: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
+    """Multi-frame features of a frozen encoder for clips [B, C, T, h, w] re-noised to the step's sigma'."""
+    sigma = state["heads_sigma"]
+    noisy = process.noised(x0, state["heads_noise"], sigma)
+    return encoder_features(denoiser, noisy, process.time(sigma), state["condition"])

@@ -37,6 +37,8 @@ class SVD(FramewisePipeline):
                 f"{folder}/scheduler uses {config.prediction_type} and {config.timestep_type} timesteps; SVD's "
                 "preconditioning needs v_prediction and continuous"
             )
+        if config.sigma_min and config.sigma_max:
+            self.process = VPrediction(config.sigma_min, config.sigma_max)
 
     @classmethod
     def load_part(cls, name: str, folder: Path, device: torch.device | str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vdmini_core.diffusion.process import EpsilonPrediction, like
+from vdmini_core.distillation.losses import pseudo_huber_loss as consistency_loss
 from vdmini_core.models import Condition, Denoiser
 from vdmini_core.models.videocrafter import guidance_embedding
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
@@ -22,14 +23,11 @@ from vdmini_core.zoo.teacher import LatentSet
 
 GUIDANCE = 0.0, 4.0
 """w is drawn uniformly from here."""
-HUBER = 1e-3
-"""Errors far below count squared, those above by their size (pseudo-Huber)."""
 
 
 def solver_levels(process: EpsilonPrediction, steps: int) -> Tensor:
     """sigma of the ODE solver's steps, rising, without the clean end; those that `LCMScheduler` samples from."""
-    skip = len(process.sigmas) // steps
-    return process.sigmas[skip - 1 :: skip]
+    return process.solver_levels(steps)
 
 
 @torch.no_grad()
@@ -51,12 +49,6 @@ def guided_step(
     told, free = base(torch.cat([x, x]), process.time(sigma).repeat(2), both).float().chunk(2)
     x0, noise = process.parts(told + like(scale, x) * (told - free), x, sigma)
     return process.noised(x0, noise, following)
-
-
-def consistency_loss(x0: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Pseudo-Huber distance of two answers [B, C, T, h, w], `weights` [B, 1, T, h, w] place by place."""
-    distance = ((x0 - target).square() + HUBER**2).sqrt() - HUBER
-    return (distance * weights).mean()
 
 
 def distil_consistency(
