@@ -219,6 +219,14 @@ def test_a_best_checkpoint_that_is_gone_is_named(training: Training) -> None:
         training.run(kept, keep="best")
 
 
+def test_a_picture_of_long_or_large_clips_stays_small() -> None:
+    long = torch.arange(15.0).view(1, 15, 1, 1).expand(3, 15, 12, 12)
+    assert module._small(long)[0, :, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    large = torch.rand(3, 2, 320, 576, generator=torch.Generator().manual_seed(0))
+    assert module._small(large).shape == (3, 2, 89, 160)
+    assert module._small(large).mean().item() == pytest.approx(large.mean().item(), abs=1e-3)
+
+
 def quality(content: float | None, motion: float | None, far: float) -> Quality:
     return Quality(clips=4, content_accuracy=content, motion_accuracy=motion, content_distance=far, motion_distance=2)
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from vdmini_core.artifacts import Alarm, Quality, ValidationReport, ValidationRow
 from vdmini_core.data.latents import LatentCache
@@ -28,7 +29,7 @@ from vdmini_core.settings import ValidationSettings
 from vdmini_core.training.checkpoint import load_checkpoint
 from vdmini_core.training.history import History
 
-SHOWN = 4  # clips in a picture
+SHOWN, SHOWN_FRAMES, SHOWN_SIDE = 4, 8, 160  # of a picture at most: clips, frames of each, pixels of a frame's side
 HINGE = "train/discriminator/total"
 SMALLEST = 1e-6  # of what is divided by
 
@@ -113,7 +114,7 @@ class Validation:
         def keep(clips: Tensor) -> None:
             measured.append(dynamics(clips))
             room = SHOWN - sum(map(len, shown))
-            shown.extend(torch.from_numpy(to_frames(clip))[None] for clip in clips[:room])
+            shown.extend(torch.from_numpy(to_frames(_small(clip)))[None] for clip in clips[:room])
 
         batches = generated_batches(
             self.pipeline, denoiser, self.data, self.settings, keep=keep, first=self.first, description="validate"
@@ -212,6 +213,16 @@ def validation_table(report: ValidationReport, keep: str) -> str:
         f"on the same noise. The student has the {keep} averaged weights.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _small(clip: Tensor) -> Tensor:
+    """Evenly spaced frames of a clip [3, T, H, W], by area averaging made as small as a picture wants them."""
+    count, side = clip.shape[1], max(clip.shape[-2:])
+    picked = clip[:, torch.linspace(0, count - 1, min(count, SHOWN_FRAMES)).round().long()]
+    if side <= SHOWN_SIDE:
+        return picked
+    height, width = (max(1, round(pixels * SHOWN_SIDE / side)) for pixels in clip.shape[-2:])
+    return F.interpolate(picked.transpose(0, 1), (height, width), mode="area").transpose(0, 1)
 
 
 def _save_whole(tensors: dict[str, Tensor], target: Path) -> None:
