@@ -155,7 +155,12 @@ def stage(name: str, parent_run_id: str | None) -> Outcome:
 
 def publish(name: str, folder: Path) -> None:
     """Show the stage's readable results, those that exist, on Prefect's page of the run."""
-    pages = {"sensitivity": "sensitivity/table.md", "plan": "plan/plan.md", "evaluate": "evaluate/summary.md"}
+    pages = {
+        "sensitivity": "sensitivity/table.md",
+        "plan": "plan/plan.md",
+        "distill": "distill/validation.md",
+        "evaluate": "evaluate/summary.md",
+    }
     if name in pages and (page := folder / pages[name]).is_file():
         create_markdown_artifact(page.read_text(), key=f"{name}-{page.stem}", description=str(page))
     plot, report = folder / "sensitivity/sensitivity.png", folder / "evaluate/report.html"

@@ -8,7 +8,7 @@ from vdmini_core.evaluation.protocol import sampling_protocol
 from vdmini_core.models import Pipeline, load_pipeline
 from vdmini_core.models.sources import evaluator_folder
 from vdmini_core.models.verify import teacher_folder
-from vdmini_core.settings import SamplerSettings
+from vdmini_core.settings import Params, SamplerSettings
 
 
 def teacher_manifest(context: Context) -> TeacherManifest:
@@ -26,7 +26,23 @@ def evaluator(context: Context) -> Evaluator:
 
 
 def test_clips(context: Context) -> LatentCache:
-    return LatentCache(context.input("encode"), "test")
+    """The encoded test clips; ValueError where validation wants some that another stage uses as well."""
+    clips = LatentCache(context.input("encode"), "test")
+    check_validation_clips(context.params, len(clips))
+    return clips
+
+
+def check_validation_clips(params: Params, encoded: int) -> None:
+    """Validation takes the last test clips; sensitivity and evaluate the first, with as many more for their floors."""
+    wanted = params.distill.validation.clips if params.distill.validation.every else 0
+    sensitivity, evaluate = params.sensitivity, params.evaluate
+    used = max(2 * sensitivity.clips, sensitivity.gate_clips, 2 * evaluate.clips, evaluate.gallery)
+    if wanted and encoded < used + wanted:
+        raise ValueError(
+            f"distill.validation wants {wanted} test clips of its own, but of the {encoded} that are encoded "
+            f"sensitivity and evaluate use the first {min(used, encoded)}; set encode.test_clips to {used + wanted} "
+            "(the data must have as many), lower evaluate.clips, or set distill.validation.every to 0"
+        )
 
 
 def train_clips(context: Context) -> LatentCache:

@@ -71,6 +71,18 @@ def test_the_schema_names_every_section_of_the_file() -> None:
             "distill: {task: magic, loop: {max_steps: 1, batch_size: 1}}\n",
             "distill.task: Input should be 'denoising', 'consistency' or 'one_step', got 'magic'",
         ),
+        (
+            "distill: {keep: best, loop: {max_steps: 1, batch_size: 1}}\n",
+            "Input should be 'last' unless validation.every is above 0 and at most loop.max_steps, got 'best'",
+        ),
+        (
+            "distill: {keep: best, validation: {every: 5}, loop: {max_steps: 4, batch_size: 1}}\n",
+            "distill.keep: Input should be 'last' unless",
+        ),
+        (
+            "distill: {keep: best, validation: {every: -1}, loop: {max_steps: 4, batch_size: 1}}\n",
+            "distill.validation.every: Input should be greater than or equal to 0, got -1",
+        ),
         (MINIMAL + "evaluate: {latency_runs: 3}\n", "evaluate.latency_runs: Input should be greater than or equal to"),
         ("- a list\n", "(whole file): "),
         ("", "(whole file): "),

@@ -211,3 +211,39 @@ class EvaluationReport(Record):
     recovery: dict[str, float | None]
     gallery: tuple[dict[str, str], ...]
     provenance: Provenance
+
+
+class ValidationRow(Record):
+    """The averaged student on the validation clips after `step` steps of distillation.
+
+    Ratios are to the teacher's clips from the same noise and conditions. The hinge loss is the discriminator's,
+    a mean over the training since the validation before; None without one. A higher score is better.
+    """
+
+    step: int
+    content_accuracy: float | None = None
+    motion_accuracy: float | None = None
+    content_distance: float
+    motion_distance: float
+    flow_ratio: float
+    flicker_ratio: float
+    contrast_ratio: float
+    discriminator_hinge: float | None = None
+    score: float
+
+
+class Alarm(Record):
+    """Something that goes wrong in a training, and what to try."""
+
+    name: str
+    step: int
+    text: str
+
+
+class ValidationReport(Record):
+    """What was seen of a distillation while it ran; `best` is the step of the best score."""
+
+    teacher: Quality
+    rows: tuple[ValidationRow, ...]
+    best: int | None
+    alarms: tuple[Alarm, ...]

@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -149,6 +158,34 @@ class OneStepSettings(Settings):
     adversarial_weight: float = Field(0.1, ge=0, description="of the heads' verdict, beside a reconstruction of 1")
 
 
+class AlarmSettings(Settings):
+    """When a validation raises an alarm; the teacher's clips are those from the same noise and conditions."""
+
+    motion_collapse: float = Field(0.5, ge=0, description="optical flow below this share of the teacher's")
+    flicker: float = Field(2.0, ge=0, description="flicker above so many times the teacher's")
+    solid_colour: float = Field(0.5, ge=0, description="deviation within a frame below this share of the teacher's")
+    discriminator_won: float = Field(0.1, ge=0, description="its hinge loss below this; 2 is chance, 0 has won")
+    patience: int = Field(3, gt=0, description="validations in a row for which the discriminator has to have won")
+
+
+class ValidationSettings(SamplerSettings):
+    """Clips of the averaged student as it is trained, from the last test clips; no other stage may use those."""
+
+    every: int = Field(0, ge=0, description="steps from one to the next; 0: none")
+    clips: int = Field(16, gt=1)
+    alarms: AlarmSettings = AlarmSettings()
+
+
+def _best_of_validations(keep: str, info: ValidationInfo) -> str:
+    """Without a validation there is no best; fields that are wrong themselves are missing from `info`."""
+    validation, loop = info.data.get("validation"), info.data.get("loop")
+    if keep == "best" and validation and loop and not 0 < validation.every <= loop.max_steps:
+        raise PydanticCustomError(
+            "keep", "Input should be 'last' unless validation.every is above 0 and at most loop.max_steps"
+        )
+    return keep
+
+
 class DistillSettings(Settings):
     """L_task + icd_weight * L_ICD + mca_weight * L_MCA (weights of the paper's Table 5)."""
 
@@ -182,6 +219,10 @@ class DistillSettings(Settings):
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them; less memory")
     compile: bool = Field(False, description="torch.compile for every block of teacher and student")
+    validation: ValidationSettings = ValidationSettings()
+    keep: Annotated[Literal["last", "best"], AfterValidator(_best_of_validations)] = Field(
+        "last", description="which averaged weights become the student: the last, or those with the best validation"
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

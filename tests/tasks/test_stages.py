@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from tasks._stage import STAGES, run_stage
 from vdmini_core.artifacts import (
@@ -18,10 +20,12 @@ from vdmini_core.artifacts import (
     Plan,
     SensitivityReport,
     TeacherManifest,
+    ValidationReport,
     folder_digest,
     read_json,
 )
 from vdmini_core.models import IllegalPlan, UnusableModel, load_denoiser
+from vdmini_core.training.checkpoint import CheckpointManifest
 
 PARAMS = {
     "data": {"groups_per_class": 3},
@@ -168,6 +172,55 @@ def test_distillation_killed_midway_resumes_to_the_same_weights(project: Path, i
     subprocess.run(["rm", "-r", "artifacts/distill"], check=True)
     subprocess.run(command, env=environment, check=True)
     assert folder_digest(project / "artifacts/distill/denoiser") == whole
+
+
+WATCHED = {**PARAMS["distill"], "validation": {"every": 2, "clips": 2, "steps": 1}}
+
+
+def test_a_watched_distillation_leaves_its_rows_a_page_and_pictures(project: Path, inside: Path) -> None:
+    whole = folder_digest(project / "artifacts/distill/denoiser")
+    (trained,) = (inside / ".scratch/checkpoints").iterdir()
+    shutil.rmtree(trained)
+    alarms = {"motion_collapse": 1000.0}
+    distill = {**WATCHED, "keep": "best", "validation": {**WATCHED["validation"], "alarms": alarms}}
+    write_params(inside, distill=distill, sensitivity={**PARAMS["sensitivity"], "gate_clips": 4})
+    try:
+        run_stage("distill")
+        report = read_json(inside / "artifacts/distill/validation.json", ValidationReport)
+        page = (inside / "artifacts/distill/validation.md").read_text()
+        best = read_json(trained / f"step-{report.best:08d}/checkpoint.json", CheckpointManifest)
+        store = MlflowClient(f"sqlite:///{inside}/mlflow.db")
+        experiment = store.get_experiment_by_name("vdmini").experiment_id
+        run = store.search_runs([experiment], "attributes.run_name = 'distill'", order_by=["start_time DESC"])[0]
+        shutil.rmtree(inside / "artifacts/distill")
+        write_params(inside)
+        run_stage("distill")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        write_params(inside)
+    assert [row.step for row in report.rows] == [2, 4, 6]
+    assert [alarm.name for alarm in report.alarms if alarm.name == "motion_collapse"] == ["motion_collapse"]
+    assert best.step == report.best
+    assert "- **motion_collapse**, step 2: " in page
+    assert f"| {report.best} (best) |" in page
+    assert run.data.tags["alarm.motion_collapse"].startswith("step 2: ")
+    assert run.data.metrics["validation/score"] == report.rows[-1].score
+    found = store.list_artifacts(run.info.run_id, "validation")
+    assert [file.path for file in found] == [f"validation/clips-{step:08d}.png" for step in (2, 4, 6)]
+    # Unwatched, the same command goes on from the watched run's checkpoint, to what it was without.
+    assert folder_digest(project / "artifacts/distill/denoiser") == whole
+    assert not (project / "artifacts/distill/validation.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["distill", "evaluate"])
+def test_validation_is_refused_where_other_stages_use_all_test_clips(inside: Path, stage: str) -> None:
+    write_params(inside, distill=WATCHED)
+    try:
+        with pytest.raises(ValueError, match=r"of the 12 that are encoded .* first 12; set encode\.test_clips to 66"):
+            run_stage(stage)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        write_params(inside)
 
 
 def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path) -> None:

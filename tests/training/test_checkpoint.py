@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdmini_core.training import checkpoint
-from vdmini_core.training.checkpoint import load_newest_checkpoint, save_checkpoint
+from vdmini_core.training.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from vdmini_core.training.ema import EMA
 from vdmini_core.training.history import History
 
@@ -49,6 +49,26 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, step, tensors(step), "f", keep=keep)
     assert names(tmp_path) == [f"step-{step:08d}" for step in (1, 2, 3, 4)[-keep:]]
+
+
+def test_a_spared_checkpoint_is_kept_besides_the_newest_and_loaded_by_its_step(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, tensors(step), "f", keep=2, spare=1)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (1, 3, 4)]
+    assert load_checkpoint(tmp_path, 1, "f")["a.step"] == 1
+    save_checkpoint(tmp_path, 5, tensors(5), "f", keep=2, spare=4)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (4, 5)]
+
+
+def test_a_checkpoint_asked_for_by_its_step_is_that_one_or_an_error(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, tensors(1), "f", keep=1)
+    with pytest.raises(FileNotFoundError, match="step-00000002"):
+        load_checkpoint(tmp_path, 2, "f")
+    with pytest.raises(ValueError, match="belongs to a run with other settings"):
+        load_checkpoint(tmp_path, 1, "another")
+    (path / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"the digest of state\.safetensors differs"):
+        load_checkpoint(tmp_path, 1, "f")
 
 
 def test_later_steps_of_another_run_do_not_push_out_what_was_just_written(tmp_path: Path) -> None:

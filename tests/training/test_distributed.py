@@ -17,13 +17,14 @@ from vdmini_core.data.latents import LatentCache
 from vdmini_core.diffusion.process import VPrediction
 from vdmini_core.distillation.icmd import distill
 from vdmini_core.models import UNetDenoiser
-from vdmini_core.settings import DiscriminatorSettings, DistillSettings, LoopSettings
+from vdmini_core.settings import DiscriminatorSettings, DistillSettings, LoopSettings, ValidationSettings
 from vdmini_core.training.distributed import is_main
 from vdmini_core.training.history import History
 from vdmini_core.training.loop import NonFiniteLoss
 
 REMOVED = ("M",)
 STEPS, KEPT_AT = 20, 14
+SEEN_AT, BEST = (3, 6), 3
 SPOILT = 5
 TOGETHER = ("ddp", "fsdp2")
 
@@ -50,13 +51,46 @@ def new_teacher() -> UNetDenoiser:
     return UNetDenoiser(model.eval().requires_grad_(False))
 
 
+class Watching:
+    """A validation that notes what the averaged student answers, and finds the first the best."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, list[float]] = {}
+
+    def __call__(self, step: int, student: UNetDenoiser) -> None:
+        self.answers[step] = output_of(student, new_inputs(2, 8)).flatten().tolist()
+
+    def best(self, step: int) -> int | None:
+        return BEST if step >= BEST else None
+
+
+def watched(folder: Path, name: str, **loop: Any) -> None:
+    """Six steps, validated at the third and the sixth, ending with the averages of the third."""
+    watching = Watching() if is_main() else None
+    settings = settings_of(max_steps=6, keep_checkpoints=1, checkpoint_every=1, **loop).model_copy(
+        update={"validation": ValidationSettings(every=3), "keep": "best"}
+    )
+    student = train(folder, name, settings=settings, validation=watching)
+    if watching is not None:
+        seen = {step: watching.answers[step] for step in SEEN_AT}
+        end = output_of(student, new_inputs(2, 8)).flatten().tolist()
+        (folder / name / "watched.json").write_text(json.dumps([*seen.values(), end]))
+
+
 def settings_of(**loop: Any) -> DistillSettings:
     values = {"max_steps": STEPS, "batch_size": 4, "warmup_steps": 5, "precision": "fp32", "log_every": 1}
     heads = DiscriminatorSettings(warmup_steps=2, ramp_steps=4)
     return DistillSettings(loop=LoopSettings(**values | {"checkpoint_every": KEPT_AT} | loop), discriminator=heads)
 
 
-def train(folder: Path, name: str, resumed_from: str | None = None, **loop: Any) -> None:
+def train(
+    folder: Path,
+    name: str,
+    resumed_from: str | None = None,
+    settings: DistillSettings | None = None,
+    validation: Any = None,
+    **loop: Any,
+) -> UNetDenoiser:
     """Distil as `folder/<name>`: history, checkpoints, and what the student answers in the end."""
     if resumed_from is not None and is_main():
         shutil.copytree(folder / resumed_from / "checkpoints", folder / name / "checkpoints")
@@ -72,15 +106,17 @@ def train(folder: Path, name: str, resumed_from: str | None = None, **loop: Any)
         teacher.surviving(REMOVED),
         VPrediction(),
         LatentCache(folder / "latents", "test"),
-        settings_of(**loop),
+        settings or settings_of(**loop),
         torch.device("cpu"),
         checkpoints=folder / name / "checkpoints",
         log=history.log,
+        validation=validation,
     )
     if is_main():
         assert type(student.model) is student_class
         answer = output_of(student, new_inputs(2, 8)).flatten().tolist()
         (folder / name / "answer.json").write_text(json.dumps(answer))
+    return student
 
 
 def work(rank: int, folder: Path) -> None:
@@ -90,6 +126,7 @@ def work(rank: int, folder: Path) -> None:
     for parallel in TOGETHER:
         train(folder, parallel, parallel=parallel)
         train(folder, f"one-then-{parallel}", "one", parallel=parallel)
+        watched(folder, f"{parallel}-watched", parallel=parallel)
     with pytest.raises(ValueError, match=r"loop\.batch_size") as refused:
         train(folder, "refused", accumulate=4)
     with pytest.raises(NonFiniteLoss) as stopped:
@@ -113,6 +150,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spoil(folder / "spoilt" / "latents" / "test-00000.safetensors", clip=SPOILT)
     train(folder, "one")
     train(folder, "accumulated", accumulate=2)
+    watched(folder, "one-watched")
     torch.multiprocessing.spawn(work, (folder,), nprocs=2)
     for parallel in TOGETHER:
         train(folder, f"{parallel}-then-one", parallel)
@@ -143,6 +181,19 @@ def test_a_checkpoint_does_not_say_how_many_processes_wrote_it(folder: Path, par
 def test_the_main_process_ends_with_the_whole_averaged_student(folder: Path, name: str) -> None:
     answer, expected = (json.loads((folder / run / "answer.json").read_text()) for run in (name, "one"))
     assert answer == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("parallel", TOGETHER)
+def test_a_validation_sees_the_whole_averages_and_the_best_are_kept(folder: Path, parallel: str) -> None:
+    found, expected = (
+        json.loads((folder / f"{name}-watched" / "watched.json").read_text()) for name in (parallel, "one")
+    )
+    for answer, other in zip(found, expected, strict=True):
+        assert answer == pytest.approx(other, abs=1e-4)
+    assert found[2] == pytest.approx(found[0], abs=1e-6)
+    assert found[2] != pytest.approx(found[1], abs=1e-3)
+    kept = sorted(path.name for path in (folder / f"{parallel}-watched" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000003", "step-00000006"]
 
 
 def test_every_process_says_what_is_wrong_and_where(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vdmini_core.settings import LoopSettings
+from vdmini_core.training.checkpoint import load_checkpoint
 from vdmini_core.training.distributed import Batch, State
 from vdmini_core.training.loop import Interrupted, NonFiniteLoss, learning_rate_factor, train
 from vdmini_core.training.player import Player
@@ -102,6 +103,24 @@ def test_a_training_that_is_complete_is_not_trained_again(tmp_path: Path) -> Non
     steps: list[int] = []
     assert same(run(2, tmp_path, log=lambda metrics, step: steps.append(step)), done)
     assert steps == []
+
+
+def test_what_is_called_after_a_step_sees_its_averages_and_names_the_checkpoint_that_is_spared(tmp_path: Path) -> None:
+    players, averages = new_players(1), dict[int, Tensor]()
+
+    def after_step(done: int) -> int | None:
+        assert players[0].ema is not None
+        averages[done] = players[0].ema.average["weight"].clone()
+        return 3 if done >= 3 else None
+
+    settings = SETTINGS.model_copy(update={"keep_checkpoints": 1})
+    device = torch.device("cpu")
+    train(players, batch_of, prepare, settings, device=device, checkpoints=tmp_path, after_step=after_step)
+    assert list(averages) == list(range(1, 11))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000010"]
+    for step in (3, 10):
+        assert torch.equal(load_checkpoint(tmp_path, step, "")["first.ema.weight"], averages[step])
+    assert same(state_of(players), run(1))
 
 
 def test_the_seed_decides_the_noise() -> None:

@@ -18,13 +18,14 @@ from vdmini_core.distillation.heads import Discriminator, discriminator_losses, 
 from vdmini_core.distillation.losses import generator_hinge_loss, individual_content_loss
 from vdmini_core.distillation.taps import renoised_features, tapped
 from vdmini_core.distillation.task_losses import TASK_LOSSES
+from vdmini_core.distillation.validation import Validation, best_checkpoint
 from vdmini_core.models import Denoiser
 from vdmini_core.models.graph import config_of, rebuild
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import DistillSettings
-from vdmini_core.training.distributed import Batch, State, gathered, is_main
+from vdmini_core.training.distributed import Batch, State, gathered, is_main, of_main
 from vdmini_core.training.loop import train
-from vdmini_core.training.player import Player
+from vdmini_core.training.player import Player, averaged, restore
 
 
 class ICMD:
@@ -159,10 +160,14 @@ def distill(
     log: Log = silent_log,
     track: Track = silent_track,
     should_stop: Callable[[], bool] = lambda: False,
+    validation: Validation | None = None,
 ) -> None:
-    """Train `student` in place towards `teacher`, or with `answers` alone; ends with its averaged (EMA) weights.
+    """Train `student` in place towards `teacher`, or with `answers` alone.
 
-    Under FSDP2 it is whole again in the main process, and stays sharded in the others.
+    It ends with its averaged (EMA) weights, the last or the best.
+
+    Under FSDP2 it is whole again in the main process, and stays sharded in the others. `validation` is for the main
+    process, and called every `settings.validation.every` steps.
     """
     loop, student_class = settings.loop, type(student.model)
     torch.manual_seed(loop.seed)
@@ -175,6 +180,14 @@ def distill(
         rate = settings.discriminator.learning_rate
         players.append(Player("discriminator", discriminator, step.discriminator_loss, rate))
     players += step.task.players()
+
+    def after_step(done: int) -> int | None:
+        if done % settings.validation.every == 0:
+            weights = averaged(players[0])  # shards of every process
+            if validation is not None:
+                validation(done, type(student)(rebuild(student_class, config_of(student.model), weights)))
+        return None if validation is None else validation.best(done)
+
     with ExitStack() as stack:
         for denoiser in (teacher, student) if teacher else (student,):
             if settings.checkpointing:
@@ -192,7 +205,11 @@ def distill(
             log=log,
             track=track,
             should_stop=should_stop,
+            after_step=after_step if settings.validation.every else None,
         )
+    if settings.keep == "best":
+        best = None if validation is None else validation.best(loop.max_steps)
+        restore(players, best_checkpoint(checkpoints, of_main(best or 0, device), fingerprint))
     assert players[0].ema is not None
     players[0].ema.copy_to(student.model)
     weights = gathered(student.model.state_dict())

@@ -80,14 +80,15 @@ def generated_batches(
     track: Track = silent_track,
     description: str = "generate",
     keep: Callable[[Tensor], None] | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Generate from the first `settings.clips` conditions; clip i starts from noise of (seed, i).
+    """Generate from `settings.clips` conditions; the i-th of them starts from noise of (seed, i).
 
-    `keep(clips)` receives every decoded batch.
+    They are the encoded clips from `first` on. `keep(clips)` receives every decoded batch.
     """
     device = pipeline.device
     batches = list(range(0, settings.clips, settings.batch_size))
-    rows_of = data.batches(settings.clips, settings.batch_size)
+    rows_of = data.batches(settings.clips, settings.batch_size, first)
     for start, rows in zip(track(batches, description, len(batches)), rows_of, strict=True):
         latents = rows["latents"]
         noise = partial(noise_for, settings.seed, range(start, start + len(latents)), latents.shape[1:], device)

@@ -28,14 +28,16 @@ class CheckpointManifest(Record):
     sha256: str
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str, keep: int) -> Path:
-    """Write `tensors` as checkpoint `step`, then remove all but the newest `keep`.
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str, keep: int, spare: int | None = None
+) -> Path:
+    """Write `tensors` as checkpoint `step`, then remove all but the newest `keep` and the one of step `spare`.
 
     When it returns, the checkpoint is on the disk and survives a power cut. Raises OSError (ENOSPC) on a
     full disk, with nothing half written left and every older checkpoint in place.
     """
-    target = folder / f"step-{step:08d}"
-    draft = folder / f".step-{step:08d}.partial"
+    target = _folder_of(folder, step)
+    draft = folder / f".{target.name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -46,17 +48,19 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
         if not disk_is_full(error):
             raise
         size, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(folder).free
+        more = 1 if spare is None else 2
         raise OSError(
             errno.ENOSPC,
             f"no space left in {folder} for checkpoint {step} of {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; "
-            f"older ones are whole. While one is written, keep_checkpoints + 1 = {keep + 1} have to fit",
+            f"older ones are whole. While one is written, keep_checkpoints + {more} = {keep + more} have to fit",
         ) from error
     _remove(target)
     draft.rename(target)
     _to_disk(folder)
     # Later steps than this are another run's; counting them would remove what was just written.
     for old in [path for path in _folders(folder) if path.name <= target.name][:-keep]:
-        _remove(old)
+        if spare is None or old != _folder_of(folder, spare):
+            _remove(old)
     return target
 
 
@@ -72,12 +76,25 @@ def load_newest_checkpoint(folder: Path, fingerprint: str) -> tuple[int, dict[st
             if manifest.fingerprint != fingerprint:
                 logger.warning("%s belongs to a run with other settings; not resumed", candidate)
                 continue
-            if file_digest(candidate / "state.safetensors") != manifest.sha256:
-                raise ValueError("the digest of state.safetensors differs from checkpoint.json")
-            return manifest.step, load_file(candidate / "state.safetensors")
+            return manifest.step, _whole(candidate, manifest)
         except (OSError, ValueError) as problem:
             logger.warning("%s is damaged (%s); falling back to the one before", candidate, problem)
     return None
+
+
+def load_checkpoint(folder: Path, step: int, fingerprint: str) -> dict[str, Tensor]:
+    """The tensors of this run's checkpoint `step`; FileNotFoundError or ValueError where it is not there, or whole."""
+    candidate = _folder_of(folder, step)
+    manifest = read_json(candidate / "checkpoint.json", CheckpointManifest)
+    if manifest.fingerprint != fingerprint:
+        raise ValueError(f"{candidate} belongs to a run with other settings")
+    return _whole(candidate, manifest)
+
+
+def _whole(candidate: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
+    if file_digest(candidate / "state.safetensors") != manifest.sha256:
+        raise ValueError("the digest of state.safetensors differs from checkpoint.json")
+    return load_file(candidate / "state.safetensors")  # type: ignore[no-any-return]
 
 
 def _write(draft: Path, step: int, tensors: dict[str, Tensor], fingerprint: str) -> None:
@@ -104,6 +121,10 @@ def _remove(checkpoint: Path) -> None:
         hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
         checkpoint.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _folder_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -119,6 +119,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return any(_values(int(flag), device))
 
 
+def of_main(value: int, device: torch.device) -> int:
+    """What it is in the main process."""
+    return _values(value, device)[0]
+
+
 def check_same(value: int, what: str, device: torch.device) -> None:
     """ValueError where the processes differ in it."""
     if len(set(found := _values(value, device))) > 1:

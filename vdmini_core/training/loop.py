@@ -27,6 +27,7 @@ from vdmini_core.training.distributed import (
     means,
     micro_batches,
     of_all,
+    of_main,
     wait_for_all,
     whole,
 )
@@ -53,6 +54,7 @@ def train(
     log: Log = silent_log,
     track: Track = silent_track,
     should_stop: Callable[[], bool] = lambda: False,
+    after_step: Callable[[int], int | None] | None = None,
 ) -> None:
     """Train every player for `settings.max_steps` steps, in place; each `player.ema` holds its average.
 
@@ -60,6 +62,9 @@ def train(
     them. `prepare(batch, step)` computes once what the players share, for some clips of it. A loss may read what
     earlier players left in the state; all players move at the end of the step. With `checkpoints`, resumes from the
     newest whole one of the same `fingerprint`. In several processes the main one alone logs and writes.
+
+    `after_step(done)` is called in every process when so many steps are done, before their checkpoint. It may read
+    the players, and names in the main process the step whose checkpoint outlives newer ones, if there is any.
     """
     clips_at_a_time(settings)
     if settings.precision == "fp16" and device.type != "cuda":
@@ -131,10 +136,11 @@ def train(
             if is_main():
                 log({**averages, "train/learning_rate_factor": factor}, step)
         done, stop = step + 1, any_process(should_stop(), device)
-        if checkpoints is not None and (stop or done % settings.checkpoint_every == 0):
+        spare = None if after_step is None else of_main(after_step(done) or 0, device) or None
+        if checkpoints is not None and (stop or spare == done or done % settings.checkpoint_every == 0):
             tensors = snapshot(players)
             if is_main():
-                save_checkpoint(checkpoints, done, tensors, fingerprint, settings.keep_checkpoints)
+                save_checkpoint(checkpoints, done, tensors, fingerprint, settings.keep_checkpoints, spare)
             wait_for_all()
         if stop:
             raise Interrupted(f"stopped after step {done}; the same command resumes from {checkpoints}")

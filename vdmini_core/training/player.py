@@ -51,6 +51,13 @@ class Player:
         self.module.eval().requires_grad_(False)
 
 
+def averaged(player: Player) -> dict[str, Tensor]:
+    """The player's state with its averages as weights, whole; empty in other processes than the main one."""
+    assert player.ema is not None
+    state = player.module.state_dict()
+    return gathered(state | {name: value.to(state[name].dtype) for name, value in player.ema.average.items()})
+
+
 def snapshot(players: list[Player]) -> dict[str, Tensor]:
     """Everything a checkpoint needs, whole, under dotted names; empty in other processes than the main one."""
     tensors: dict[str, Tensor] = {}

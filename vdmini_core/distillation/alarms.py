@@ -1,0 +1,55 @@
+"""What goes wrong in a recovery, read off its validations: pure functions of the figures, each with what to try."""
+
+from collections.abc import Sequence
+
+from vdmini_core.artifacts import Alarm, ValidationRow
+from vdmini_core.settings import AlarmSettings
+
+
+def alarms(rows: Sequence[ValidationRow], limits: AlarmSettings) -> tuple[Alarm, ...]:
+    """The alarms that hold after the last of the rows, which are in the order of their steps; none without a row.
+
+    A frame of a solid colour has no motion either, so `solid_colour` comes with `motion_collapse`.
+    """
+    if not rows:
+        return ()
+    last = rows[-1]
+    found: dict[str, str] = {}
+    if last.flow_ratio < limits.motion_collapse:
+        found["motion_collapse"] = (
+            f"the student's clips move {last.flow_ratio:.2f} times as much as the teacher's, "
+            f"distill.validation.alarms.motion_collapse is {limits.motion_collapse}; keep a deep block more in the "
+            "plan (D.2 and U.1 carry motion), or raise distill.mca_weight"
+        )
+    if last.flicker_ratio > limits.flicker:
+        found["flicker"] = (
+            f"the student's clips flicker {last.flicker_ratio:.2f} times as much as the teacher's, "
+            f"distill.validation.alarms.flicker is {limits.flicker}; train longer, raise distill.loop.ema_decay, or "
+            "lower distill.learning_rate or distill.mca_weight"
+        )
+    if last.contrast_ratio < limits.solid_colour:
+        found["solid_colour"] = (
+            f"the student's frames vary {last.contrast_ratio:.2f} times as much as the teacher's, "
+            f"distill.validation.alarms.solid_colour is {limits.solid_colour}; lower distill.learning_rate, raise "
+            "distill.icd_weight, or remove fewer units"
+        )
+    recent = rows[-limits.patience :]
+    hinges = [row.discriminator_hinge for row in recent if row.discriminator_hinge is not None]
+    if len(hinges) == limits.patience and max(hinges) < limits.discriminator_won:
+        found["discriminator_won"] = (
+            f"the discriminator's hinge loss was at most {max(hinges):.3f} for {limits.patience} validations (2 is "
+            f"chance, 0 has won), distill.validation.alarms.discriminator_won is {limits.discriminator_won}; its "
+            "gradient says little: lower distill.discriminator.learning_rate, or its warmup_steps"
+        )
+    return tuple(Alarm(name=name, step=last.step, text=text) for name, text in found.items())
+
+
+def raised(rows: Sequence[ValidationRow], limits: AlarmSettings) -> tuple[Alarm, ...]:
+    """The alarms of the last row that did not hold after the row before it."""
+    before = {alarm.name for alarm in alarms(rows[:-1], limits)}
+    return tuple(alarm for alarm in alarms(rows, limits) if alarm.name not in before)
+
+
+def all_raised(rows: Sequence[ValidationRow], limits: AlarmSettings) -> tuple[Alarm, ...]:
+    """Every alarm of a training, at the step that raised it; one that went and came back counts twice."""
+    return tuple(alarm for count in range(1, len(rows) + 1) for alarm in raised(rows[:count], limits))
