@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from vdmini_core.settings import LoopSettings
 from vdmini_core.training import checkpoint
-from vdmini_core.training.loop import Batch, Player, State, train
+from vdmini_core.training.distributed import Batch, State
+from vdmini_core.training.loop import train
+from vdmini_core.training.player import Player
 
 KILLS, KILLS_PER_RUN = 20, 5
 STEPS, EVERY, KEEP = 60, 3, 2
@@ -37,12 +39,13 @@ def training(folder: Path, settings: LoopSettings = SETTINGS) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 8))
 
-    def batch_of(step: int) -> Batch:
+    def batch_of(step: int, generator: torch.Generator) -> Batch:
         time.sleep(STEP_S)
-        return {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(step))}
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        return {"x": x, "noise": torch.randn(x.shape, generator=generator)}
 
-    def prepare(batch: Batch, generator: torch.Generator, step: int) -> State:
-        return {"x": batch["x"], "noise": torch.randn(batch["x"].shape, generator=generator)}
+    def prepare(batch: Batch, step: int) -> State:
+        return batch
 
     def loss(state: State) -> dict[str, Tensor]:
         return {"total": (network(state["x"] + state["noise"]) - state["x"]).square().mean()}
