@@ -1,13 +1,15 @@
 """Stage distill: recover the pruned student with the ICMD loss; resumes from its own checkpoints."""
 
+from pathlib import Path
 from typing import Any
 
 from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
 from tasks._stage import SCRATCH, Context
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
 from vdmini_core.distillation.icmd import distill
-from vdmini_core.models import load_denoiser
+from vdmini_core.models import Denoiser, load_denoiser
 from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.settings import DistillSettings
 from vdmini_core.training.history import History
 
 # Settings that change no result: how often a run reports and saves, and how a step is computed. A run that does
@@ -20,16 +22,36 @@ MANNER: dict[str, Any] = {
 
 
 def run(context: Context) -> None:
-    settings = context.params.distill
-    plan = read_json(context.input("plan") / "plan.json", Plan)
-    inputs = {
+    inputs = inputs_of(context)
+    student, history = recover(context, inputs, SCRATCH / "checkpoints")
+    if not context.main:
+        return
+    save_denoiser(student, context.folder / "denoiser")
+    write_json(context.folder / "distill.json", context.provenance(**inputs))
+    history.write(context.folder / "history.json")
+
+
+def inputs_of(context: Context) -> dict[str, str]:
+    """Digests of what a training reads."""
+    return {
         "teacher": teacher_manifest(context).digest,
         "pruned": folder_digest(context.input("prune") / "denoiser"),
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
+
+
+def fingerprint_of(settings: DistillSettings, inputs: dict[str, str]) -> str:
+    """Names everything that a training's result depends on."""
+    return json_digest({"settings": settings.model_dump(mode="json", exclude=MANNER), **inputs})
+
+
+def recover(context: Context, inputs: dict[str, str], root: Path) -> tuple[Denoiser, History]:
+    """The recovered student and its history; checkpoints lie in a folder of `root` that is this training's own."""
+    settings = context.params.distill
+    plan = read_json(context.input("plan") / "plan.json", Plan)
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
-    fingerprint = json_digest({"settings": settings.model_dump(mode="json", exclude=MANNER), **inputs})
-    checkpoints = SCRATCH / "checkpoints" / fingerprint[:16]
+    fingerprint = fingerprint_of(settings, inputs)
+    checkpoints = root / fingerprint[:16]
     history = History(checkpoints / "history.jsonl")
 
     def log(metrics: dict[str, float], step: int) -> None:
@@ -53,8 +75,4 @@ def run(context: Context) -> None:
         track=context.track,
         should_stop=context.should_stop,
     )
-    if not context.main:
-        return
-    save_denoiser(student, context.folder / "denoiser")
-    write_json(context.folder / "distill.json", context.provenance(**inputs))
-    history.write(context.folder / "history.json")
+    return student, history
