@@ -85,7 +85,7 @@ def ablation(seeds: int = 3, steps: int | None = None, clips: int | None = None)
         for part in (*settings.parts(params.distill.loop.seed), "table"):
             # Called, not submitted: Prefect delivers a cancellation to the main thread only.
             results[part] = make_part(part, settings, parent.id)
-            parent.tags[f"row.{part}"] = results[part]
+            parent.tags[f"ablation.{results[part]}"] = ", ".join(p for p in results if results[p] == results[part])
     try:
         create_markdown_artifact((FOLDER / "table.md").read_text(), key="ablation-table", description=str(FOLDER))
         publish_plot(root / FOLDER / "ablation.png", "ablation-plot")

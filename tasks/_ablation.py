@@ -63,8 +63,7 @@ def run_part(part: str, settings: AblationSettings) -> None:
     if row_path(part).is_file() and read_json(row_path(part), AblationRow).fingerprint == fingerprint:
         context.say(f"{row_path(part)} is up to date")
         return
-    weights = context.params.distill
-    told = {"arm": name, "seed": seed, "distill": weights.model_dump(mode="json"), "clips": settings.clips}
+    told = {"arm": name, "seed": seed, "distill": context.settings.model_dump(mode="json"), "clips": settings.clips}
     with open_tracker(f"ablation {part}", told, SCRATCH / "tracking" / "ablation" / part) as tracker:
         context.tracker = tracker
         tracker.tags({"vdmini.stage": "ablation", "vdmini.arm": name})
@@ -76,9 +75,7 @@ def run_part(part: str, settings: AblationSettings) -> None:
         row = AblationRow(
             arm=name,
             seed=seed,
-            steps=weights.loop.max_steps if name in ARMS else 0,
-            icd_weight=weights.icd_weight,
-            mca_weight=weights.mca_weight,
+            steps=settings.steps if name in ARMS else 0,
             quality=quality,
             protocol=judging,
             protocol_digest=json_digest(judging),

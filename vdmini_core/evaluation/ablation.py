@@ -62,8 +62,6 @@ class AblationRow(Record):
     arm: str
     seed: int | None
     steps: int
-    icd_weight: float
-    mca_weight: float
     quality: Quality
     protocol: dict[str, Any]
     protocol_digest: str
