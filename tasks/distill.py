@@ -1,16 +1,22 @@
 """Stage distill: recover the pruned student with the ICMD loss; resumes from its own checkpoints."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
-from tasks._stage import SCRATCH, Context
+from tasks._stage import SCRATCH, Context, device_name
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
+from vdmini_core.data.latents import LatentCache
 from vdmini_core.distillation.icmd import distill
+from vdmini_core.distillation.preflight import check_fits, memory_there, needed_memory
 from vdmini_core.models import Denoiser, load_denoiser
+from vdmini_core.models.sources import resolve_source
 from vdmini_core.pruning.surgery import save_denoiser
 from vdmini_core.settings import DistillSettings
 from vdmini_core.training.history import History
+
+logger = logging.getLogger("vdmini.distill")
 
 # Settings that change no result: how often a run reports and saves, and how a step is computed. A run that does
 # not fit into memory may go on with other values of these.
@@ -18,6 +24,7 @@ MANNER: dict[str, Any] = {
     "loop": {"log_every", "checkpoint_every", "keep_checkpoints", "accumulate", "parallel"},
     "checkpointing": True,
     "compile": True,
+    "memory_check": True,
 }
 
 
@@ -58,6 +65,9 @@ def recover(context: Context, inputs: dict[str, str], root: Path) -> tuple[Denoi
         history.log(metrics, step)
         context.log(metrics, step)
 
+    data = train_clips(context)
+    if settings.memory_check:
+        check_memory(context, plan, data)
     pipeline = teacher_pipeline(context, "denoiser")
     teacher = pipeline.denoiser
     student = load_denoiser(context.input("prune") / "denoiser", context.device)
@@ -66,7 +76,7 @@ def recover(context: Context, inputs: dict[str, str], root: Path) -> tuple[Denoi
         student,
         teacher.surviving(plan.removed),
         pipeline.process,
-        train_clips(context),
+        data,
         settings,
         context.device,
         checkpoints=checkpoints,
@@ -76,3 +86,14 @@ def recover(context: Context, inputs: dict[str, str], root: Path) -> tuple[Denoi
         should_stop=context.should_stop,
     )
     return student, history
+
+
+def check_memory(context: Context, plan: Plan, data: LatentCache) -> None:
+    """DoesNotFit where the training cannot fit; what cannot be estimated is tried."""
+    manifest, settings = teacher_manifest(context), context.params.distill
+    try:
+        parts = needed_memory(resolve_source(manifest.source, manifest.revision), plan.removed, data, settings)
+    except (RuntimeError, NotImplementedError) as error:
+        logger.warning("how much memory distillation needs is not known: %s", str(error).strip().splitlines()[0])
+        return
+    check_fits(parts, memory_there(context.device), f"this device ({device_name(context.device)})", settings)

@@ -152,6 +152,7 @@ class DistillSettings(Settings):
     sigma_std: float = Field(1.4, gt=0)
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them; less memory")
+    memory_check: bool = Field(True, description="refuse at once what by estimate does not fit into memory")
     compile: bool = Field(False, description="torch.compile for every block of teacher and student")
 
 
