@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
@@ -92,20 +93,37 @@ def read_lines(stream: int) -> Iterator[tuple[str, bool]]:
 
 
 def repro(name: str, root: Path, parent_run_id: str | None, logger: Logger) -> Result:
-    """Run one stage through DVC, its output live in `logger`; whatever stops us stops it too.
-
-    Raises StageFailed if the command fails.
-    """
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", PARENT_VARIABLE: parent_run_id or ""}
-    environment.pop("MLFLOW_RUN_ID", None)
+    """Run one stage through DVC; raises StageFailed if its command fails."""
     marks: dict[str, Result] = {
         f"Running stage '{name}':": "ran",
         f"Stage '{name}' is cached - skipping run, checking out outputs": "restored",
         f"Stage '{name}' didn't change, skipping": "skipped",
     }
-    result: Result | None = None
+    results: list[Result] = []
+
+    def note(line: str) -> None:
+        results.extend([marks[line]] if line in marks else [])
+
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    run_logged(command, f"stage {name!r}", root, parent_run_id, logger, note)
+    return results[0] if results else "ran"
+
+
+def run_logged(
+    command: list[str],
+    name: str,
+    root: Path,
+    parent_run_id: str | None,
+    logger: Logger,
+    note: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Run a command, its output live in `logger` and every line in `note`; whatever stops us stops it too.
+
+    Raises StageFailed, which calls it `name`, if the command fails.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", PARENT_VARIABLE: parent_run_id or ""}
+    environment.pop("MLFLOW_RUN_ID", None)
     tail: deque[str] = deque(maxlen=15)
     logged = time.monotonic()
     process = subprocess.Popen(
@@ -121,7 +139,7 @@ def repro(name: str, root: Path, parent_run_id: str | None, logger: Logger) -> R
     assert process.stdout is not None
     try:
         for line, is_progress in read_lines(process.stdout.fileno()):
-            result = result or marks.get(line)
+            note(line)
             if line and (not is_progress or time.monotonic() - logged > PROGRESS_EVERY_S):
                 logger.info("%s", line)
                 logged = time.monotonic()
@@ -129,15 +147,14 @@ def repro(name: str, root: Path, parent_run_id: str | None, logger: Logger) -> R
                 tail.append(line)
         code = process.wait()
     except BaseException:
-        logger.warning("stopping stage %s", name)
+        logger.warning("stopping %s", name)
         end_tree(process.pid, created)
         process.wait()
         raise
     finally:
         process.stdout.close()
     if code != 0:
-        raise StageFailed(f"stage {name!r} failed (dvc exited with {code}); its last lines:\n" + "\n".join(tail))
-    return result or "ran"
+        raise StageFailed(f"{name} failed (exit code {code}); its last lines:\n" + "\n".join(tail))
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE)
@@ -165,14 +182,19 @@ def publish(name: str, folder: Path) -> None:
         create_markdown_artifact(page.read_text(), key=f"{name}-{page.stem}", description=str(page))
     plot, report = folder / "sensitivity/sensitivity.png", folder / "evaluate/report.html"
     if name == "sensitivity" and plot.is_file():
-        if plot.stat().st_size <= MAX_EMBEDDED_BYTES:
-            picture = "data:image/png;base64," + base64.b64encode(plot.read_bytes()).decode()
-            create_image_artifact(picture, key="sensitivity-plot", description=str(plot))
-        else:
-            create_link_artifact(plot.as_uri(), link_text=str(plot), key="sensitivity-plot")
+        publish_plot(plot, "sensitivity-plot")
     if name == "evaluate" and report.is_file():
         note = "a file on the worker's machine: copy the address, or `vdmini report --open`"
         create_link_artifact(report.as_uri(), link_text=str(report), key="evaluate-report", description=note)
+
+
+def publish_plot(plot: Path, key: str) -> None:
+    """Show a picture on Prefect's page of the run; a large one as a link."""
+    if plot.stat().st_size <= MAX_EMBEDDED_BYTES:
+        picture = "data:image/png;base64," + base64.b64encode(plot.read_bytes()).decode()
+        create_image_artifact(picture, key=key, description=str(plot))
+    else:
+        create_link_artifact(plot.as_uri(), link_text=str(plot), key=key)
 
 
 def lock_digest(root: Path, name: str) -> str | None:
@@ -201,6 +223,32 @@ def headline_metrics(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
+@dataclass
+class ParentRun:
+    """MLflow's run of a whole flow: its id, None without a server, and what it is given when it ends."""
+
+    id: str | None
+    tags: dict[str, str]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def parent_run(name: str, root: Path) -> Iterator[ParentRun]:
+    """Open the run; it ends FINISHED, FAILED (an exception) or KILLED (a cancellation or a signal)."""
+    run = ParentRun(start_parent(name), commit_tags(root))
+    status: Status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except Exception:
+        raise
+    except BaseException:
+        status = "KILLED"
+        raise
+    finally:
+        finish_parent(run.id, status, run.tags, run.metrics)
+
+
 @flow(name="vdmini", log_prints=True)
 def vdmini(target: str | None = None) -> dict[str, str]:
     """Bring every stage up to date, or those that `target` needs; what DVC did with each, in order.
@@ -211,26 +259,17 @@ def vdmini(target: str | None = None) -> dict[str, str]:
     root = Path.cwd()
     load_params(root / "params.yaml")
     edges = stage_graph(root, target)
-    tags = {**commit_tags(root), "vdmini.target": target or "all"}
-    parent = start_parent("vdmini" if target is None else f"vdmini up to {target}")
     states: dict[str, State[Outcome]] = {}
     results: dict[str, str] = {}
-    status: Status = "FAILED"
-    try:
+    with parent_run("vdmini" if target is None else f"vdmini up to {target}", root) as parent:
+        parent.tags["vdmini.target"] = target or "all"
         for name, above in edges.items():
             # Called, not submitted: Prefect delivers a cancellation to the main thread only.
-            states[name] = stage(name, parent, return_state=True, wait_for=[states[other] for other in above])
+            states[name] = stage(name, parent.id, return_state=True, wait_for=[states[other] for other in above])
             outcome = states[name].result()
             results[name] = outcome.result
-            tags[f"stage.{name}"] = outcome.result
-            tags[f"lock.{name}"] = str(outcome.lock_digest)
-        status = "FINISHED"
-    except Exception:
-        raise
-    except BaseException:
-        status = "KILLED"
-        raise
-    finally:
-        metrics = headline_metrics(root / "artifacts/evaluate/metrics.json") if "evaluate" in results else {}
-        finish_parent(parent, status, tags, metrics)
+            parent.tags[f"stage.{name}"] = outcome.result
+            parent.tags[f"lock.{name}"] = str(outcome.lock_digest)
+            if name == "evaluate":
+                parent.metrics |= headline_metrics(root / "artifacts/evaluate/metrics.json")
     return results

@@ -136,16 +136,20 @@ def run_stage(name: str) -> None:
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         with open_tracker(name, settings, SCRATCH / "tracking" / name) if main else nullcontext() as tracker:
             context = Context(name, params, tracker, device, main)
-
-            def stop(number: int, frame: object) -> None:
-                # The first signal lets training save its state; the second ends the process at once.
-                if context.stopping or name != "distill":
-                    raise SystemExit(128 + number)
-                context.stopping = True
-
-            signal.signal(signal.SIGTERM, stop)
+            end_on_sigterm(context, after_a_checkpoint=name == "distill")
             with resources_explained(context):
                 module.run(context)
+
+
+def end_on_sigterm(context: Context, *, after_a_checkpoint: bool) -> None:
+    """From now on SIGTERM ends the process: at once, or first lets training save its state; a second one at once."""
+
+    def stop(number: int, frame: object) -> None:
+        if context.stopping or not after_a_checkpoint:
+            raise SystemExit(128 + number)
+        context.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 @contextmanager

@@ -1,17 +1,26 @@
 """Stage distill: recover the pruned student with the ICMD loss; resumes from its own checkpoints."""
 
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
-from tasks._stage import SCRATCH, Context
+from tasks._stage import SCRATCH, Context, device_name
 from tasks._validation import open_validation
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
+from vdmini_core.data.latents import LatentCache
 from vdmini_core.distillation.answers import TeacherAnswers, teacher_needed
 from vdmini_core.distillation.icmd import distill
-from vdmini_core.distillation.validation import validation_table
+from vdmini_core.distillation.preflight import check_fits, memory_there, needed_memory
+from vdmini_core.distillation.validation import Validation, validation_table
 from vdmini_core.models import Denoiser, load_denoiser, load_pipeline
+from vdmini_core.models.sources import resolve_source
 from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.settings import DistillSettings
 from vdmini_core.training.history import History
+
+logger = logging.getLogger("vdmini.distill")
 
 # Settings that change no training: how often a run reports and saves, how a step is computed, what watches it. A run
 # that does not fit into memory may go on with other values of these.
@@ -19,30 +28,67 @@ MANNER: dict[str, Any] = {
     "loop": {"log_every", "checkpoint_every", "keep_checkpoints", "accumulate", "parallel"},
     "checkpointing": True,
     "compile": True,
+    "memory_check": True,
     "validation": True,
     "keep": True,
 }
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """A student after its training, and what was seen of it."""
+
+    student: Denoiser
+    history: History
+    validation: Validation | None
+
+
 def run(context: Context) -> None:
+    inputs = inputs_of(context)
+    found = recover(context, inputs, SCRATCH / "checkpoints")
+    if not context.main:
+        return
     settings = context.params.distill
-    plan = read_json(context.input("plan") / "plan.json", Plan)
-    inputs = {
+    save_denoiser(found.student, context.folder / "denoiser")
+    write_json(context.folder / "distill.json", context.provenance(**inputs))
+    found.history.write(context.folder / "history.json")
+    if found.validation is not None:
+        report = found.validation.report(settings.loop.max_steps)
+        (context.folder / "validation.md").write_text(validation_table(report, settings.keep))
+        write_json(context.folder / "validation.json", report)
+
+
+def inputs_of(context: Context) -> dict[str, str]:
+    """Digests of what a training reads."""
+    return {
         "teacher": teacher_manifest(context).digest,
         "pruned": folder_digest(context.input("prune") / "denoiser"),
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
+
+
+def fingerprint_of(settings: DistillSettings, inputs: dict[str, str]) -> str:
+    """Names everything that a training's result depends on."""
+    return json_digest({"settings": settings.model_dump(mode="json", exclude=MANNER), **inputs})
+
+
+def recover(context: Context, inputs: dict[str, str], root: Path) -> Recovered:
+    """Train the pruned student; checkpoints lie in a folder of `root` that is this training's own."""
+    settings = context.params.distill
+    plan = read_json(context.input("plan") / "plan.json", Plan)
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
-    fingerprint = json_digest({"settings": settings.model_dump(mode="json", exclude=MANNER), **inputs})
-    checkpoints = SCRATCH / "checkpoints" / fingerprint[:16]
+    fingerprint = fingerprint_of(settings, inputs)
+    checkpoints = root / fingerprint[:16]
     history = History(checkpoints / "history.jsonl")
 
     def log(metrics: dict[str, float], step: int) -> None:
         history.log(metrics, step)
         context.log(metrics, step)
 
-    parts = ("vae",) if settings.validation.every else ()
-    pipeline, data = teacher_pipeline(context, *parts), train_clips(context)  # no denoiser is loaded yet
+    data = train_clips(context)
+    if settings.memory_check:
+        check_memory(context, plan, data)
+    pipeline = teacher_pipeline(context, *(("vae",) if settings.validation.every else ()))
 
     def load_teacher() -> Denoiser:
         return load_pipeline(pipeline.folder, ("denoiser",), context.device).denoiser
@@ -71,12 +117,15 @@ def run(context: Context) -> None:
         should_stop=context.should_stop,
         validation=validation,
     )
-    if not context.main:
+    return Recovered(student, history, validation)
+
+
+def check_memory(context: Context, plan: Plan, data: LatentCache) -> None:
+    """DoesNotFit where the training cannot fit; what cannot be estimated is tried."""
+    manifest, settings = teacher_manifest(context), context.params.distill
+    try:
+        parts = needed_memory(resolve_source(manifest.source, manifest.revision), plan.removed, data, settings)
+    except (RuntimeError, NotImplementedError) as error:
+        logger.warning("how much memory distillation needs is not known: %s", str(error).strip().splitlines()[0])
         return
-    save_denoiser(student, context.folder / "denoiser")
-    write_json(context.folder / "distill.json", context.provenance(**inputs))
-    history.write(context.folder / "history.json")
-    if validation is not None:
-        report = validation.report(settings.loop.max_steps)
-        (context.folder / "validation.md").write_text(validation_table(report, settings.keep))
-        write_json(context.folder / "validation.json", report)
+    check_fits(parts, memory_there(context.device), f"this device ({device_name(context.device)})", settings)

@@ -218,6 +218,7 @@ class DistillSettings(Settings):
     one_step: OneStepSettings = OneStepSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them; less memory")
+    memory_check: bool = Field(True, description="refuse at once what by estimate does not fit into memory")
     compile: bool = Field(False, description="torch.compile for every block of teacher and student")
     validation: ValidationSettings = ValidationSettings()
     keep: Annotated[Literal["last", "best"], AfterValidator(_best_of_validations)] = Field(

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from tasks._stage import Context, resources_explained
-from tasks.distill import BOOKKEEPING
+from tasks.distill import MANNER
 from vdmini_core.settings import DistillSettings, EncodeSettings, LoopSettings, Params
 
 PARAMS = Params(distill=DistillSettings(loop=LoopSettings(max_steps=6, batch_size=2)), encode=EncodeSettings())
@@ -78,7 +78,7 @@ def test_other_errors_stay_as_they_are(error: Exception) -> None:
 def test_what_a_full_disk_asks_to_change_does_not_start_the_training_anew() -> None:
     def kept(**changes: int) -> dict[str, object]:
         loop = LoopSettings(max_steps=6, batch_size=2, **changes)
-        return DistillSettings(loop=loop).model_dump(mode="json", exclude=BOOKKEEPING)
+        return DistillSettings(loop=loop).model_dump(mode="json", exclude=MANNER)
 
     assert kept(checkpoint_every=7, keep_checkpoints=1, log_every=3) == kept()
     assert kept(warmup_steps=7) != kept()

@@ -82,10 +82,11 @@ def measure_latencies(
             spent = elapsed_ms(call, device)
             if run >= warmup:
                 samples[name].append(spent)
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: latency_of(values) for name, values in samples.items()}
 
 
-def _summary(values: list[float]) -> Latency:
+def latency_of(values: list[float]) -> Latency:
+    """Median and outer deciles of timed calls, in milliseconds."""
     deciles = statistics.quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
     return Latency(median_ms=statistics.median(values), p10_ms=deciles[0], p90_ms=deciles[8], runs=len(values))
 

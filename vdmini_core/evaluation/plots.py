@@ -155,7 +155,7 @@ def _curve(steps: Sequence[float], values: Sequence[float]) -> Figure:
         means = [math.fsum(values[i - window : i]) / window for i in range(window, len(values) + 1)]
         centres = steps[window // 2 : window // 2 + len(means)]
         axes.plot(centres, means, color=CONTENT, linewidth=1.8)
-    _plain_axes(axes)
+    plain_axes(axes)
     axes.set_xlabel("step", color=INK, fontsize=9)
     return figure
 
@@ -234,10 +234,11 @@ def _finish(axes: Axes, scores: Sequence[UnitScore], gone: set[str]) -> None:
     for tick, score in zip(axes.xaxis.get_major_ticks(), scores, strict=True):
         tick.label1.set_fontweight("bold" if score.name in gone else "normal")
     axes.set_xlim(-0.6, len(scores) - 0.4)
-    _plain_axes(axes)
+    plain_axes(axes)
 
 
-def _plain_axes(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
+    """Horizontal grid lines and little else."""
     axes.set_facecolor("none")
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=GRID, linewidth=0.8)

@@ -61,6 +61,19 @@ def compare(generated: Judged, reference: Judged) -> Quality:
     )
 
 
+def quality_of(
+    pipeline: Pipeline,
+    denoiser: Denoiser,
+    data: LatentCache,
+    evaluator: Evaluator,
+    settings: SamplerSettings,
+    track: Track = silent_track,
+) -> Quality:
+    """What a denoiser makes of the first `settings.clips` conditions, against these clips as the VAE shows them."""
+    reference = judge(decoded_batches(pipeline, data, settings.clips, settings), evaluator)
+    return compare(judge(generated_batches(pipeline, denoiser, data, settings, track), evaluator), reference)
+
+
 def decoded_batches(
     pipeline: Pipeline, data: LatentCache, count: int, settings: SamplerSettings, first: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:

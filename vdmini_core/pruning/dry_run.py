@@ -14,7 +14,7 @@ from vdmini_core.pruning.planning import METHODS
 from vdmini_core.settings import DistillSettings, Params, height_and_width
 
 ASSUMPTIONS = (
-    "memory of one device that holds everything: no sharding, no offloading, no gradient checkpointing",
+    "memory of one device that holds everything: no sharding, no offloading",
     "teacher, student and discriminator heads in float32, as the stages load them; the teacher is frozen",
     "distillation: AdamW with two float32 states, float32 gradients and a float32 average (EMA) of what is trained",
     "distillation: activations are what the student's turn of a step saves for its backward pass, in {precision}, "

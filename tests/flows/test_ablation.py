@@ -1,0 +1,125 @@
+"""The ablation's flow with stand-ins for the trainings: its inputs, its rows, its runs, and its deployment."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from flows.ablation import ablation, check_inputs, part_command
+from flows.cli import app
+from flows.full import StageFailed
+from vdmini_core.evaluation.ablation import AblationSettings
+
+ROOT = Path(__file__).parents[2]
+DVC = """
+stages:
+  prune:
+    cmd: python -c "import pathlib; pathlib.Path('student.txt').write_text('pruned')"
+    deps: [source.txt]
+    outs: [student.txt]
+"""
+ROW = """
+import os, pathlib, sys
+part, folder = sys.argv[1], pathlib.Path("artifacts/ablation")
+(folder / "rows").mkdir(parents=True, exist_ok=True)
+with open("calls.txt", "a") as calls:
+    calls.write(f"{part} {os.environ['VDMINI_PARENT_RUN_ID']}\\n")
+if pathlib.Path("fail.txt").exists() and part == "task+mca-seed0":
+    sys.exit("no luck")
+if part == "table":
+    (folder / "table.md").write_text("the table")
+    (folder / "ablation.png").write_bytes(b"a picture")
+elif not (folder / "rows" / f"{part}.json").exists():
+    (folder / "rows" / f"{part}.json").write_text(part)
+"""
+ROWS = ["teacher", "pruned", *(f"{arm}-seed0" for arm in ("task", "task+icd", "task+mca", "task+icd+mca"))]
+
+
+@pytest.fixture
+def pruned(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose stage prune is up to date, and rows that take no time."""
+    (project / "dvc.yaml").write_text(DVC)
+    (project / "row.py").write_text(ROW)
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True)
+    monkeypatch.setattr("flows.ablation.part_command", lambda part, settings: [sys.executable, "row.py", part])
+    return project
+
+
+def calls(project: Path) -> list[list[str]]:
+    return [line.split() for line in (project / "calls.txt").read_text().splitlines()]
+
+
+def test_rows_are_made_under_one_parent_run_and_finished_ones_are_kept(pruned: Path, mlflow_file: str) -> None:
+    assert ablation(seeds=1) == {**dict.fromkeys(ROWS, "made"), "table": "made"}
+    assert [part for part, _ in calls(pruned)] == [*ROWS, "table"]
+    (parent,) = {parent for _, parent in calls(pruned)}
+    run = MlflowClient(tracking_uri=mlflow_file).get_run(parent)
+    assert (run.info.run_name, run.info.status) == ("vdmini ablation", "FINISHED")
+    assert run.data.tags["ablation.made"] == ", ".join([*ROWS, "table"])
+    from prefect.artifacts import Artifact
+
+    page = Artifact.get("ablation-table")
+    assert page is not None
+    assert page.data == "the table"
+    assert Artifact.get("ablation-plot") is not None
+
+    (pruned / "artifacts/ablation/rows/task+icd-seed0.json").unlink()
+    again = ablation(seeds=1)
+    assert [name for name, result in again.items() if result == "made"] == ["task+icd-seed0", "table"]
+
+
+def test_a_row_that_fails_ends_the_ablation_by_name(pruned: Path, mlflow_file: str) -> None:
+    (pruned / "fail.txt").write_text("")
+    with pytest.raises(StageFailed, match=r"ablation 'task\+mca-seed0' failed \(exit code 1\)(.|\n)*no luck"):
+        ablation(seeds=1)
+    assert [part for part, _ in calls(pruned)] == ROWS[:5]
+    run = MlflowClient(tracking_uri=mlflow_file).get_run(calls(pruned)[0][1])
+    assert run.info.status == "FAILED"
+
+
+def test_inputs_that_are_out_of_date_are_refused_with_the_command_that_makes_them(pruned: Path) -> None:
+    check_inputs(pruned)
+    (pruned / "source.txt").write_text("another source")
+    with pytest.raises(
+        ValueError, match=r"prune is missing or out of date \(prune: source.txt modified\).*--target prune"
+    ):
+        ablation(seeds=1)
+    (pruned / "student.txt").unlink()
+    result = CliRunner().invoke(app, ["ablation"])
+    assert result.exit_code == 2
+    assert "student.txt deleted" in result.stderr
+    assert not (pruned / "calls.txt").exists()
+
+
+def test_a_row_is_a_process_that_is_told_its_part_and_the_size() -> None:
+    command = part_command("task-seed0", AblationSettings(seeds=2, steps=5, clips=7))
+    assert command[1:4] == ["-m", "tasks._ablation", "task-seed0"]
+    assert json.loads(command[4]) == {"seeds": 2, "steps": 5, "clips": 7}
+
+
+def test_both_deployments_are_made_of_the_projects_own_file(prefect_server: str, tmp_path: Path) -> None:
+    from prefect.workers.process import ProcessWorker
+
+    pool = {"name": "vdmini-local", "type": "process"}
+    pool["base_job_template"] = ProcessWorker.get_default_base_job_template()
+    body = json.dumps(pool).encode()
+    urllib.request.urlopen(
+        urllib.request.Request(f"{prefect_server}/work_pools/", body, {"Content-Type": "application/json"})
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": prefect_server}
+    environment["PREFECT_PROFILES_PATH"] = str(tmp_path / "profiles.toml")
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for entry in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
+        with urllib.request.urlopen(f"{prefect_server}/deployments/name/vdmini/{entry['name']}") as answer:
+            found = json.load(answer)
+        assert found["entrypoint"] == entry["entrypoint"]
+        assert set(found["parameters"]) == set(found["parameter_openapi_schema"]["properties"])

@@ -1,0 +1,201 @@
+"""Rows and table of the ablation for real, on a tiny teacher: what is kept, what goes on, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tasks._ablation import row_path, run_part
+from tests.tiny import PROVENANCE, write_latents, write_pipeline
+from vdmini_core.artifacts import Plan, read_json, write_json
+from vdmini_core.distillation.preflight import DoesNotFit
+from vdmini_core.evaluation.ablation import AblationRow, AblationSettings
+from vdmini_core.models import load_denoiser
+from vdmini_core.models.verify import verify_teacher
+from vdmini_core.pruning.surgery import prune
+from vdmini_core.training.loop import Interrupted
+
+SETTINGS = AblationSettings(seeds=1, steps=2, clips=2)
+PARAMS = {
+    "distill": {
+        "loop": {"seed": 3, "max_steps": 50, "batch_size": 2, "warmup_steps": 0, "checkpoint_every": 1, "log_every": 1},
+        "discriminator": {"warmup_steps": 0, "ramp_steps": 1},
+    },
+    "evaluate": {"steps": 1, "batch_size": 2},
+}
+
+
+def write_project(folder: Path) -> None:
+    """What stage prune and those before it leave of a tiny teacher, and params.yaml."""
+    artifacts = folder / "artifacts"
+    manifest = verify_teacher(str(write_pipeline(folder / "model")), None)
+    write_json(artifacts / "teacher" / "teacher.json", manifest)
+    cache = write_latents(artifacts / "encode", 6, size=8).manifest
+    both = {"train": cache.shards["test"], "test": cache.shards["test"]}
+    write_json(artifacts / "encode" / "latents.json", cache.model_copy(update={"shards": both}))
+    denoiser = load_denoiser(folder / "model" / "unet")
+    removed = ("D.0.1", "U.3.1")
+    plan = Plan(
+        method="manual",
+        removed=removed,
+        kept=tuple(unit.name for unit in denoiser.units if unit.name not in removed),
+        teacher_parameters=1,
+        student_parameters=1,
+        teacher_flops=1,
+        student_flops=1,
+        report_digest="r",
+        teacher_digest=manifest.digest,
+        provenance=PROVENANCE,
+    )
+    write_json(artifacts / "plan" / "plan.json", plan)
+    prune(denoiser, manifest, plan, artifacts / "prune", torch.float32)
+    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ablation")
+    write_project(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+    yield project
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def row(part: str) -> AblationRow:
+    return read_json(row_path(part), AblationRow)
+
+
+def checkpoints(project: Path) -> list[str]:
+    return sorted(path.name for path in (project / ".scratch/ablation").glob("*/step-*"))
+
+
+def test_rows_are_made_once_and_again_only_where_something_changed(project: Path) -> None:
+    run_part("task-seed3", SETTINGS)
+    run_part("task+icd-seed3", SETTINGS)
+    first = row("task-seed3")
+    assert (first.arm, first.seed, first.steps) == ("task", 3, 2)
+    told = [row(part).provenance.params for part in ("task-seed3", "task+icd-seed3")]
+    assert [(params["icd_weight"], params["mca_weight"]) for params in told] == [(0, 0), (0.1, 0)]
+    assert first.quality != row("task+icd-seed3").quality
+    assert first.protocol["clips"] == first.quality.clips == 2
+    assert first.protocol_digest == row("task+icd-seed3").protocol_digest
+    assert set(first.provenance.inputs) == {"teacher", "pruned", "latents", "code"}
+    assert first.provenance.params["loop"]["max_steps"] == 2
+    assert checkpoints(project) == []
+
+    written = row_path("task-seed3").read_bytes()
+    run_part("task-seed3", SETTINGS)
+    assert row_path("task-seed3").read_bytes() == written
+    run_part("task-seed3", SETTINGS.model_copy(update={"steps": 1}))
+    assert row("task-seed3").steps == 1
+    assert row("task-seed3").fingerprint != first.fingerprint
+    run_part("task-seed3", SETTINGS)
+    assert row("task-seed3").quality == first.quality
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint_to_the_same_row(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = SETTINGS.model_copy(update={"steps": 3})
+    run_part("task+icd+mca-seed3", longer)
+    whole = row("task+icd+mca-seed3")
+    row_path("task+icd+mca-seed3").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks._stage.Context.should_stop", lambda context: True)
+        with pytest.raises(Interrupted, match="stopped after step 1"):
+            run_part("task+icd+mca-seed3", longer)
+    assert checkpoints(project) == ["step-00000001"]
+    assert not row_path("task+icd+mca-seed3").exists()
+    run_part("task+icd+mca-seed3", longer)
+    assert row("task+icd+mca-seed3").quality == whole.quality
+    history = (project / ".scratch/tracking/ablation/task+icd+mca-seed3/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in history if "train/student/task" in line]
+    assert steps == [1, 2]
+    assert checkpoints(project) == []
+
+
+def test_a_row_of_a_process_is_a_child_run_and_the_table_has_all_rows(project: Path) -> None:
+    from mlflow import MlflowClient
+
+    from tasks._tracking import finish_parent, start_parent
+
+    parent = start_parent("ablation")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "VDMINI_PARENT_RUN_ID": str(parent)}
+    command = [sys.executable, "-m", "tasks._ablation", "pruned", SETTINGS.model_dump_json()]
+    subprocess.run(command, env=environment, check=True)
+    finish_parent(parent, "FINISHED", {}, {})
+    assert (row("pruned").seed, row("pruned").steps) == (None, 0)
+    client = MlflowClient(tracking_uri=f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name("vdmini")
+    found = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
+    assert [run.info.run_name for run in found] == ["ablation pruned"]
+    assert "quality/content_distance" in found[0].data.metrics
+
+    for part in SETTINGS.parts(3):
+        run_part(part, SETTINGS)
+    assert row("teacher").quality != row("pruned").quality
+    run_part("table", SETTINGS)
+    report = json.loads((project / "artifacts/ablation/report.json").read_text())
+    assert [arm["arm"] for arm in report["arms"]] == ["task", "task+icd", "task+mca", "task+icd+mca"]
+    assert len(report["rows"]) == 6
+    assert report["provenance"]["commit"]
+    assert "| task+icd+mca minus task |" in (project / "artifacts/ablation/table.md").read_text()
+    assert (project / "artifacts/ablation/ablation.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("stage", ["teacher", "encode", "plan", "prune"])
+def test_a_missing_input_is_named_with_the_command_that_makes_it(project: Path, stage: str) -> None:
+    folder = project / "artifacts" / stage
+    folder.rename(project / "away")
+    try:
+        with pytest.raises(FileNotFoundError, match=f"artifacts/{stage} does not exist; run `dvc repro {stage}` first"):
+            run_part("task+mca-seed3", SETTINGS.model_copy(update={"steps": 1}))
+    finally:
+        (project / "away").rename(folder)
+
+
+def test_a_training_that_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.distill.memory_there", lambda device: 10**6)
+    loaded: list[object] = []
+    monkeypatch.setattr("tasks.distill.teacher_pipeline", lambda *args: loaded.append(args))
+    monkeypatch.setattr("tasks.distill.load_denoiser", lambda *args: loaded.append(args))
+    with pytest.raises(DoesNotFit, match=r"this device \(CPU\) has 0.001 GB"):
+        run_part("task+mca-seed3", SETTINGS.model_copy(update={"steps": 4}))  # no test before this made that row
+    assert loaded == []
+
+
+def test_the_check_can_be_switched_off_and_changes_no_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_part("task-seed3", SETTINGS)
+    fingerprint = row("task-seed3").fingerprint
+    row_path("task-seed3").unlink()
+    monkeypatch.setattr("tasks.distill.memory_there", lambda device: 10**6)
+    (project / "params.yaml").write_text(
+        yaml.safe_dump({**PARAMS, "distill": {**PARAMS["distill"], "memory_check": False}})
+    )
+    try:
+        run_part("task-seed3", SETTINGS)
+    finally:
+        (project / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    assert row("task-seed3").fingerprint == fingerprint
+
+
+def test_a_loss_without_weight_is_refused(project: Path) -> None:
+    (project / "params.yaml").write_text(yaml.safe_dump({**PARAMS, "distill": {**PARAMS["distill"], "icd_weight": 0}}))
+    try:
+        with pytest.raises(ValueError, match=r"distill\.icd_weight is 0"):
+            run_part("task-seed3", SETTINGS)
+    finally:
+        (project / "params.yaml").write_text(yaml.safe_dump(PARAMS))
