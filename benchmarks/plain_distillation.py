@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from vdmini_core.diffusion.process import Process
 from vdmini_core.distillation.heads import Discriminator
 from vdmini_core.distillation.losses import (
+    denoising_loss,
     discriminator_hinge_loss,
     generator_hinge_loss,
     individual_content_loss,
-    task_loss,
 )
 from vdmini_core.distillation.taps import encoder_features, tapped
 from vdmini_core.models import Condition, Denoiser, Pipeline
@@ -76,7 +76,7 @@ class PlainLoop:
             with torch.no_grad(), tapped(self.teacher_taps) as found:  # for ICD
                 predicted(self.teacher)
                 wanted = dict(found)
-            total = task_loss(answer, self.process.target(x0, noise, sigma), self.process.velocity_weight(sigma))
+            total = denoising_loss(answer, self.process.target(x0, noise, sigma), self.process.velocity_weight(sigma))
             icd = individual_content_loss([own[n] for n in self.teacher_taps], [wanted[n] for n in self.teacher_taps])
             total = total + self.settings.icd_weight * icd
             self.heads.requires_grad_(False)
