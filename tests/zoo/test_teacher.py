@@ -49,6 +49,21 @@ def test_a_tenth_of_the_clips_is_told_nothing() -> None:
     assert (text == -1).float().mean().item() == pytest.approx(0.1, abs=0.06)
 
 
+def test_a_guides_guided_answers_are_learned_where_all_is_told() -> None:
+    # Told 1 the guide means x0 = 1, told nothing 0: with guidance 2 it means 3.
+    guide, denoiser = Toy(), Toy()
+    nothing = {"text": torch.zeros(1, 1, 1)}
+    quick = settings(150, ema_decay=0.9, decay_fraction=0.3)
+    near = (0.0, 0.01)
+    train_teacher(
+        denoiser, PROCESS, told(8), quick, CPU, learning_rate=0.1, levels=near, untold=nothing, guide=(guide, 2.0)
+    )
+    visited = torch.cat([row.time for row in denoiser.told]).mode().values
+    assert denoiser.model["gain"][visited].item() == pytest.approx(3, abs=0.1)
+    assert guide.model["gain"].equal(torch.ones(1000))
+    assert torch.cat([row.text for row in denoiser.told]).unique().tolist() == [1]
+
+
 def test_errors_are_those_of_the_velocity() -> None:
     # The toy says x0 = 1; where the clip is 0 its velocity is wrong by a (1 / sigma) / a = 1 / b.
     data = LatentSet(torch.zeros(4, *SHAPE), {"text": torch.ones(4, 1, 1)}, torch.full((4, 1, *SHAPE[1:]), 2.0))

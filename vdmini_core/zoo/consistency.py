@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdmini_core.diffusion.process import EpsilonPrediction, like
+from vdmini_core.diffusion.process import EpsilonPrediction
 from vdmini_core.distillation.losses import pseudo_huber_loss as consistency_loss
 from vdmini_core.models import Condition, Denoiser
 from vdmini_core.models.videocrafter import guidance_embedding
@@ -19,10 +19,10 @@ from vdmini_core.settings import LoopSettings
 from vdmini_core.training.distributed import Batch, State
 from vdmini_core.training.loop import train
 from vdmini_core.training.player import Player
-from vdmini_core.zoo.teacher import LatentSet
+from vdmini_core.zoo.teacher import LatentSet, guided_answer
 
-GUIDANCE = 0.0, 4.0
-"""w is drawn uniformly from here."""
+GUIDANCE = 0.0, 10.0
+"""w is drawn uniformly from here; what the shape word changes is small, and large w show it."""
 
 
 def solver_levels(process: EpsilonPrediction, steps: int) -> Tensor:
@@ -41,13 +41,9 @@ def guided_step(
     untold: Condition,
     scale: Tensor,
 ) -> Tensor:
-    """DDIM with classifier-free guidance `scale` [B], from x [B, C, T, h, w] at `sigma` [B] to `following` [B].
-
-    `untold`, tensors of one clip, is what the base is told where it is told nothing.
-    """
-    both = {name: torch.cat([value, untold[name].expand_as(value)]) for name, value in condition.items()}
-    told, free = base(torch.cat([x, x]), process.time(sigma).repeat(2), both).float().chunk(2)
-    x0, noise = process.parts(told + like(scale, x) * (told - free), x, sigma)
+    """DDIM with classifier-free guidance `scale` [B], from x [B, C, T, h, w] at `sigma` [B] to `following` [B]."""
+    answer = guided_answer(base, x, process.time(sigma), condition, untold, scale)
+    x0, noise = process.parts(answer, x, sigma)
     return process.noised(x0, noise, following)
 
 
@@ -74,7 +70,6 @@ def distil_consistency(
     base.model.to(device).eval().requires_grad_(False)
     student, target = (type(base)(copy.deepcopy(base.model)) for _ in range(2))
     lower = torch.cat([torch.zeros(1), levels[:-1]])
-    untold = {name: value.to(device) for name, value in untold.items()}
 
     def batch_of(step: int, generator: torch.Generator) -> Batch:
         batch = data.shuffled(step, settings)

@@ -161,6 +161,19 @@ def closed_attention(unet: UNetSpatioTemporalConditionModel, stages: int) -> Ite
             del attention.forward
 
 
+@torch.no_grad()
+def guided_answer(
+    denoiser: Denoiser, x: Tensor, time: Tensor, condition: Condition, untold: Condition, scale: Tensor
+) -> Tensor:
+    """Classifier-free guidance with the scale [B] as LCM counts it, from 0: told + scale (told - untold).
+
+    x and the answer are [B, C, T, h, w]; `untold`, tensors of one clip, is told where nothing is told.
+    """
+    both = {name: torch.cat([value, untold[name].to(value).expand_as(value)]) for name, value in condition.items()}
+    told, free = denoiser(torch.cat([x, x]), time.repeat(2), both).float().chunk(2)
+    return told + like(scale, x) * (told - free)
+
+
 def train_teacher(
     denoiser: Denoiser,
     process: Process,
@@ -171,6 +184,7 @@ def train_teacher(
     learning_rate: float = 1e-3,
     levels: tuple[float, float] = LEVELS,
     untold: Condition | None = None,
+    guide: tuple[Denoiser, float] | None = None,
     checkpoints: Path | None = None,
     fingerprint: str = "",
     log: Log = silent_log,
@@ -180,7 +194,8 @@ def train_teacher(
 
     `levels` are mean and deviation of ln(sigma). `untold`, tensors of one clip, is what the denoiser is told where
     it is told nothing; it takes the place of a tenth of the conditions, as classifier-free guidance needs it
-    (arXiv 2207.12598).
+    (arXiv 2207.12598). With a `guide`, a frozen network and a scale, that network's guided answers are learned
+    instead of the clips' own (guidance distillation, arXiv 2210.03142), and no condition is withheld.
     """
     model: Any = denoiser.model.to(device).eval()  # dropout would draw from no generator of the step
 
@@ -196,16 +211,21 @@ def train_teacher(
         chosen, sigma, noise = batch["chosen"], batch["sigma"], batch["noise"]
         x0 = data.latents[chosen]
         condition = {name: value[chosen] for name, value in data.condition.items()}
-        if untold is not None:
+        if untold is not None and guide is None:
             told = batch["kept"]
             condition = {name: torch.where(like(told, v), v, untold[name].cpu()) for name, v in condition.items()}
-        return {
+        state: State = {
             "target": process.target(x0, noise, sigma).to(device),
             "noisy": process.noised(x0, noise, sigma).to(device),
             "time": process.time(sigma).to(device),
             "condition": {name: value.to(device) for name, value in condition.items()},
             "weights": (data.weights[chosen] * like(process.velocity_weight(sigma), x0)).to(device),
         }
+        if guide is not None:
+            assert untold is not None
+            scale = torch.full_like(sigma, guide[1]).to(device)
+            state["target"] = guided_answer(guide[0], state["noisy"], state["time"], state["condition"], untold, scale)
+        return state
 
     def loss(state: State) -> dict[str, Tensor]:
         answer = denoiser(state["noisy"], state["time"], state["condition"])
