@@ -1,4 +1,4 @@
-"""Runs, dead servers and the registry, against a real sqlite file and a real server on top of it."""
+"""Runs and dead servers, against a real sqlite file and a real server on top of it."""
 
 import itertools
 import json
@@ -17,31 +17,9 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks import _tracking
-from tasks._registry import model_tags, register_model, resolve_model
 from tasks._tracking import Tracker, finish_parent, flatten, open_tracker, start_parent, upload_journal
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One sqlite file for the module: creating its tables takes MLflow ten seconds."""
-    return tmp_path_factory.mktemp("tracking")
-
-
-@pytest.fixture
-def store(database: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    """The default store of a project in a temporary folder."""
-    monkeypatch.chdir(database)
-    for name in ("MLFLOW_TRACKING_URI", "VDMINI_PARENT_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    return MlflowClient(tracking_uri=f"sqlite:///{database}/mlflow.db")
-
-
-@pytest.fixture
-def dead_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
 
 
 def journal(folder: Path) -> Path:
@@ -372,42 +350,3 @@ def test_an_artifact_that_was_never_written_is_an_error(store: MlflowClient, tmp
 def test_settings_become_dotted_keys_cut_at_the_limit_of_mlflow() -> None:
     assert flatten({"a": {"b": {"c": None}}, "d": True}) == {"a.b.c": "None", "d": "True"}
     assert len(flatten({"a": "x" * 9000})["a"]) == 6000
-
-
-def test_a_registered_folder_is_found_by_alias_and_by_version(
-    store: MlflowClient, database: Path, tmp_path: Path
-) -> None:
-    students = [database / "students" / name for name in ("first", "second")]
-    for student in students:
-        student.mkdir(parents=True)
-    with open_tracker("register", {}, tmp_path) as tracker:
-        first = register_model("round-trip", "champion", students[0], {"vdmini.digest": "d1"}, {}, tracker.run_id)
-    assert resolve_model("models:/round-trip@champion") == students[0]
-    second = register_model("round-trip", "champion", students[1], {"vdmini.digest": "d2"}, {"quality/content": 0.5})
-    assert (first, second) == (1, 2)
-    assert resolve_model("models:/round-trip@champion") == students[1]
-    assert resolve_model("models:/round-trip/1") == students[0]
-    tags = model_tags("models:/round-trip@champion")
-    assert tags["vdmini.digest"] == "d2"
-    assert tags["metric.quality/content"] == "0.5"
-    assert tags["vdmini.folder"] == "students/second"
-    students[1].rmdir()
-    with pytest.raises(FileNotFoundError, match="dvc checkout"):
-        resolve_model("models:/round-trip@champion")
-
-
-def test_what_is_not_registered_is_answered_with_what_is(store: MlflowClient, tmp_path: Path) -> None:
-    register_model("known", "champion", tmp_path, {}, {})
-    with pytest.raises(LookupError, match=r"no model 'nobody'.*known"):
-        resolve_model("models:/nobody@champion")
-    with pytest.raises(LookupError, match="aliases champion; versions 1"):
-        resolve_model("models:/known/9")
-    with pytest.raises(ValueError, match="expected models:/<name>@<alias>"):
-        resolve_model("known@champion")
-
-
-def test_a_dead_registry_says_how_to_start_it(dead_server: None, tmp_path: Path) -> None:
-    with pytest.raises(ConnectionError, match="vdmini up"):
-        register_model("student", "champion", tmp_path, {}, {})
-    with pytest.raises(ConnectionError, match="vdmini up"):
-        resolve_model("models:/student@champion")
