@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-import vdmini_core
 from tasks._inputs import evaluator, protocol, teacher_pipeline, test_clips
 from tasks._stage import ARTIFACTS, SCRATCH, Context, end_on_sigterm, provenance, quieten, resources_explained
 from tasks._tracking import Tracker, open_tracker
 from tasks.distill import fingerprint_of, inputs_of, recover
-from vdmini_core.artifacts import Provenance, folder_digest, json_digest, read_json, write_json
+from vdmini_core.artifacts import Provenance, json_digest, read_json, write_json
 from vdmini_core.evaluation.ablation import (
     ARMS,
     AblationRow,
@@ -33,7 +32,6 @@ from vdmini_core.settings import Params, load_params
 
 FOLDER = ARTIFACTS / "ablation"
 TABLE = "table"
-CODE = ("diffusion", "distillation", "evaluation", "models", "training")  # an edit there asks for new rows, as in DVC
 
 
 def row_path(part: str) -> Path:
@@ -53,13 +51,16 @@ def run_part(part: str, settings: AblationSettings) -> None:
         ) as tracker:
             write_table(list(parts), settings, tracker)
         return
+    for arm, of_seed in parts.values():  # refused before the first row, not after hours
+        if of_seed is not None:
+            arm_settings(params.distill, arm, of_seed, settings.steps)
     name, seed = parts[part]
     context = context_of(params, name, seed, settings)
     inputs = inputs_of(context)
-    code = {name: folder_digest(Path(vdmini_core.__path__[0]) / name, "**/*.py") for name in CODE}
     judging = protocol(context, context.params.evaluate)
     training = fingerprint_of(context.params.distill, inputs)
-    fingerprint = json_digest({"training": training, "protocol": judging, "code": code})
+    chosen = context.params.distill.model_dump(mode="json", include={"keep", "validation"})
+    fingerprint = json_digest({"training": training, "protocol": judging, "chosen": chosen})
     if row_path(part).is_file() and read_json(row_path(part), AblationRow).fingerprint == fingerprint:
         context.say(f"{row_path(part)} is up to date")
         return
@@ -80,7 +81,7 @@ def run_part(part: str, settings: AblationSettings) -> None:
             protocol=judging,
             protocol_digest=json_digest(judging),
             fingerprint=fingerprint,
-            provenance=context.provenance(**inputs, code=json_digest(code)),
+            provenance=context.provenance(**inputs),
         )
         write_json(row_path(part), row)
         tracker.log({f"quality/{k}": v for k, v in quality if isinstance(v, float)}, row.steps)

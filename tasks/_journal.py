@@ -1,5 +1,6 @@
 """What a stage tells its tracker, on disk before anybody else hears of it: one JSON row a line."""
 
+import fcntl
 import json
 import threading
 from itertools import islice
@@ -21,6 +22,15 @@ class Journal:
         self.file = file
         self._lock = threading.Lock()
         self._cut_off = file.is_file() and not file.read_bytes().endswith(b"\n")
+
+    def hold(self) -> None:
+        """Mark the file as being written, until `release` or the end of this process; BlockingIOError if it is."""
+        self._held = self.file.open("a")
+        fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def release(self) -> None:
+        """The file is whole."""
+        self._held.close()
 
     def append(self, row: Row) -> None:
         """Write one row; it survives this process, not the machine. Raises OSError on a full disk."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,7 +37,8 @@ SCRATCH = Path(".scratch")
 
 # The last part of the settings, of the stage and of `data`, on which its hunger depends.
 MEMORY_KEYS = ("batch_size", "frames", "size")
-DISK_KEYS = ("keep_checkpoints", "checkpoint_every", "train_clips", "test_clips", "groups_per_class")
+DISK_KEYS = ("keep_checkpoints", "teacher_draws", "train_clips", "test_clips")
+RESUMABLE = {"distill": ". distill.loop.accumulate above 1 and distill.checkpointing need less, and go on where it was"}
 
 
 @dataclass
@@ -165,12 +166,12 @@ def resources_explained(context: Context) -> Iterator[None]:
                 errno.ENOSPC,
                 f"stage {context.stage}: the disk of {Path.cwd()} is full, {free / 1e9:.3g} GB are free ({reason}). "
                 f"Make room ({SCRATCH / 'checkpoints'} keeps those of earlier settings, which may go)"
-                f"{_settings_text(context, DISK_KEYS, ', or change ')}; then the same command goes on",
+                f"{_settings_text(context, DISK_KEYS, ', or lower ')}; then the same command goes on",
             ) from error
         if _memory_is_full(error):
             raise MemoryError(
                 f"stage {context.stage} is out of memory ({reason}). Give it more"
-                f"{_settings_text(context, MEMORY_KEYS, ', or lower ')}"
+                f"{_settings_text(context, MEMORY_KEYS, ', or lower ')}{RESUMABLE.get(context.stage, '')}"
             ) from error
         raise
 
@@ -198,7 +199,8 @@ def processes(stage: str) -> Iterator[tuple[torch.device, bool]]:
         return
     if stage != "distill":
         raise ValueError(f"stage {stage} runs in one process; start it without a launcher: vdmini stage {stage}")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The main process validates and writes checkpoints alone, while the others wait for it.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     yield state.device, state.is_main_process
     state.destroy_process_group()
 

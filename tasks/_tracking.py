@@ -186,6 +186,9 @@ def _send_row(client: MlflowClient, run_id: str, row: Row) -> None:
         case {"tags": tags}:
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         case {"artifact": path, "folder": folder}:
+            if not Path(path).exists():  # a journal may be sent long after its run
+                logger.warning("%s is gone and was not sent to MLflow", path)
+                return
             send = client.log_artifacts if Path(path).is_dir() else client.log_artifact
             send(run_id, path, folder or None)
 
@@ -202,6 +205,7 @@ class Tracker:
         started_ms = int(time.time() * 1000)
         self._uri = tracking_uri()
         self._journal = Journal(folder / f"unsent-{started_ms}.jsonl")
+        self._journal.hold()
         tags = {"vdmini.stage": stage}
         if parent := os.environ.get(PARENT_VARIABLE):
             tags["mlflow.parentRunId"] = parent
@@ -259,6 +263,7 @@ class Tracker:
         else:
             with suppress(OSError):
                 file.replace(file.with_name(SENT))
+        self._journal.release()
 
     def _work(self) -> None:
         """The upload thread: at once, every few seconds, and at close until everything is sent or time is up."""
@@ -322,15 +327,23 @@ def upload_journal(file: Path) -> str:
         raise ValueError(f"{file} is not the journal of a run; expected an unsent-*.jsonl of .scratch/tracking")
     last_ms = max([row["time_ms"] for row in rows if "time_ms" in row], default=rows[0]["run"]["started_ms"])
     end = next((row for row in rows if "status" in row), {"status": "KILLED", "time_ms": last_ms})
+    try:
+        journal.hold()
+    except BlockingIOError:
+        raise ValueError(
+            f"{file} belongs to a stage that is still running and sends it itself; wait for its end"
+        ) from None
     upload = Upload(journal, uri)
     try:
         upload.send(end)
+        file.replace(file.with_name(SENT))
     except Exception as error:
         raise ConnectionError(
             f"MLflow at {uri} did not take everything: {' '.join(str(error).split())[:300]}; start it with "
             "`vdmini up`, or unset MLFLOW_TRACKING_URI to use the project's mlflow.db, and repeat"
         ) from error
-    file.replace(file.with_name(SENT))
+    finally:
+        journal.release()
     assert upload.run_id is not None
     return upload.run_id
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import vdmini_core
 from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
 from tasks._stage import SCRATCH, Context, device_name
 from tasks._validation import open_validation
@@ -18,6 +19,7 @@ from vdmini_core.models import Denoiser, load_denoiser, load_pipeline
 from vdmini_core.models.sources import resolve_source
 from vdmini_core.pruning.surgery import save_denoiser
 from vdmini_core.settings import DistillSettings
+from vdmini_core.training.distributed import clips_at_a_time
 from vdmini_core.training.history import History
 
 logger = logging.getLogger("vdmini.distill")
@@ -32,6 +34,7 @@ MANNER: dict[str, Any] = {
     "validation": True,
     "keep": True,
 }
+CODE = ("data", "diffusion", "distillation", "evaluation", "models", "training")
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,12 @@ def run(context: Context) -> None:
 
 
 def inputs_of(context: Context) -> dict[str, str]:
-    """Digests of what a training reads."""
+    """Digests of what a training reads, its code and the teacher's noise algebra among it."""
+    library = Path(vdmini_core.__path__[0])
+    code = {name: folder_digest(library / name, "**/*.py") for name in CODE}
     return {
+        "code": json_digest(code),
+        "process": json_digest(teacher_pipeline(context).process.facts()),
         "teacher": teacher_manifest(context).digest,
         "pruned": folder_digest(context.input("prune") / "denoiser"),
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
@@ -69,7 +76,10 @@ def inputs_of(context: Context) -> dict[str, str]:
 
 def fingerprint_of(settings: DistillSettings, inputs: dict[str, str]) -> str:
     """Names everything that a training's result depends on."""
-    return json_digest({"settings": settings.model_dump(mode="json", exclude=MANNER), **inputs})
+    kept = settings.model_dump(mode="json", exclude=MANNER)
+    if settings.icd_distance == "normalised":  # by the variance of the clips that are computed together
+        kept["clips at a time"] = clips_at_a_time(settings.loop)
+    return json_digest({"settings": kept, **inputs})
 
 
 def recover(context: Context, inputs: dict[str, str], root: Path) -> Recovered:

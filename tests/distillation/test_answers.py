@@ -209,6 +209,9 @@ def test_what_the_answers_depend_on_names_their_folder(data: LatentCache, tmp_pa
         ({"mca_weight": 1.0}, True),
         ({"teacher_draws": 0}, True),
         ({"teacher_draws": 0, "icd_weight": 1.0}, True),
+        ({"teacher_draws": 0, "target": "data"}, False),
+        ({"teacher_draws": 0, "target": "data", "task": "one_step"}, True),
+        ({"teacher_draws": 0, "target": "data", "task": "consistency"}, False),
     ],
 )
 def test_the_teacher_is_done_without_where_its_answers_are_all_that_is_wanted(

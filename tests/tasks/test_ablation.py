@@ -92,7 +92,7 @@ def test_rows_are_made_once_and_again_only_where_something_changed(project: Path
     assert first.quality != row("task+icd-seed3").quality
     assert first.protocol["clips"] == first.quality.clips == 2
     assert first.protocol_digest == row("task+icd-seed3").protocol_digest
-    assert set(first.provenance.inputs) == {"teacher", "pruned", "latents", "code"}
+    assert set(first.provenance.inputs) == {"teacher", "pruned", "latents", "code", "process"}
     assert first.provenance.params["loop"]["max_steps"] == 2
     assert checkpoints(project) == []
 
@@ -170,7 +170,7 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(project: Path, 
 def test_a_training_that_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.distill.memory_there", lambda device: 10**6)
     loaded: list[object] = []
-    monkeypatch.setattr("tasks.distill.teacher_pipeline", lambda *args: loaded.append(args))
+    monkeypatch.setattr("tasks.distill.load_pipeline", lambda *args: loaded.append(args))
     monkeypatch.setattr("tasks.distill.load_denoiser", lambda *args: loaded.append(args))
     with pytest.raises(DoesNotFit, match=r"this device \(CPU\) has 0.001 GB"):
         run_part("task+mca-seed3", SETTINGS.model_copy(update={"steps": 4}))  # no test before this made that row

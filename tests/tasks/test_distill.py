@@ -13,7 +13,7 @@ from tests.tiny import PROVENANCE, new_unet, write_latents
 from vdmini_core.artifacts import Plan, write_json
 from vdmini_core.models.verify import verify_teacher
 from vdmini_core.pruning.surgery import save_denoiser
-from vdmini_core.settings import Params
+from vdmini_core.settings import DistillSettings, LoopSettings, Params
 
 REMOVED = ("D.0.1", "U.3.1")
 LOOP = {"max_steps": 2, "batch_size": 2, "warmup_steps": 0, "precision": "fp32", "log_every": 1}
@@ -77,3 +77,10 @@ def test_without_draws_the_teacher_runs_in_every_step(project: Path, monkeypatch
     run(**TEACHER_ALONE)
     assert loaded.times == 1
     assert not (project / ".scratch/answers").exists()
+
+
+@pytest.mark.parametrize(("distance", "same"), [("l2", True), ("normalised", False)])
+def test_parts_of_a_batch_are_another_training_for_the_normalised_distance_alone(distance: str, same: bool) -> None:
+    loops = (LoopSettings(max_steps=1, batch_size=4, accumulate=parts) for parts in (1, 2))
+    whole, halves = (distill.fingerprint_of(DistillSettings(loop=loop, icd_distance=distance), {}) for loop in loops)
+    assert (whole == halves) is same

@@ -41,6 +41,7 @@ def test_out_of_memory_names_the_batch_and_the_size_of_a_clip(error: Exception) 
     assert str(error)[:20] in text
     named = ("distill.loop.batch_size (2)", "distill.validation.batch_size (8)", "data.frames (8)", "data.size (64)")
     assert "lower " + " or ".join(named) in text
+    assert text.endswith("distill.loop.accumulate above 1 and distill.checkpointing need less, and go on where it was")
 
 
 def test_a_real_allocation_that_cannot_succeed_is_recognised() -> None:
@@ -67,7 +68,7 @@ def test_a_full_disk_names_the_folder_and_the_settings(error: Exception) -> None
     assert isinstance(told, OSError)
     assert told.errno == errno.ENOSPC
     assert f"the disk of {Path.cwd()} is full" in str(told)
-    assert "distill.loop.checkpoint_every (500) or distill.loop.keep_checkpoints (2)" in str(told)
+    assert "lower distill.loop.keep_checkpoints (2) or distill.teacher_draws (0)" in str(told)
     assert "the same command goes on" in str(told)
 
 

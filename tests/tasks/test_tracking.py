@@ -310,6 +310,15 @@ def test_the_journal_of_a_killed_stage_can_be_sent(store: MlflowClient, tmp_path
     assert [step for step, _ in history(store, run.info.run_id, "loss")] == [0, 1]
 
 
+def test_the_journal_of_a_running_stage_is_left_to_it(store: MlflowClient, tmp_path: Path) -> None:
+    with open_tracker("distill", {}, tmp_path) as tracker:
+        tracker.log({"loss": 1.0}, 0)
+        with pytest.raises(ValueError, match="still running"):
+            upload_journal(journal(tmp_path))
+        tracker.log({"loss": 2.0}, 1)
+    assert history(store, tracker.run_id, "loss") == [(0, 1.0), (1, 2.0)]
+
+
 def test_what_is_no_journal_is_refused(store: MlflowClient, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match=r"other\.jsonl is not the journal of a run"):

@@ -35,6 +35,11 @@ def like(sigma: Tensor, x: Tensor) -> Tensor:
 class Process(ABC):
     """How latents are noised for a network, what it is told and what its answer means; sigma is [B]."""
 
+    def facts(self) -> dict[str, object]:
+        """Which algebra this is, with its constants; plain values."""
+        constants = {name: torch.as_tensor(value).tolist() for name, value in vars(self).items()}
+        return {"class": type(self).__name__, **constants}
+
     def draw(self, batch: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
         """Training levels: ln(sigma) is normal with this mean and deviation."""
         return (mean + std * torch.randn(batch, generator=generator)).exp()

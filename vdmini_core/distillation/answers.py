@@ -31,8 +31,14 @@ from vdmini_core.training.loop import Interrupted
 
 
 def teacher_needed(settings: DistillSettings) -> bool:
-    """Whether training needs the teacher in memory, once all answers are kept."""
-    return settings.teacher_draws == 0 or settings.icd_weight > 0 or settings.mca_weight > 0
+    """Whether training needs the teacher in memory, once all answers are kept: for them, or for heads."""
+    heads = settings.mca_weight > 0 or settings.task == "one_step"
+    return heads or (settings.teacher_draws == 0 and answer_needed(settings))
+
+
+def answer_needed(settings: DistillSettings) -> bool:
+    """Whether a loss reads what the teacher answers, or its features on the way."""
+    return settings.icd_weight > 0 or settings.mca_weight > 0 or settings.target == "teacher"
 
 
 class TeacherAnswers:
@@ -48,8 +54,7 @@ class TeacherAnswers:
         self.data, self.process, self.settings = data, process, settings
         key = {
             "inputs": inputs,
-            "process": type(process).__name__,
-            "constants": {name: torch.as_tensor(value).tolist() for name, value in vars(process).items()},
+            "process": process.facts(),
             "levels": [settings.sigma_mean, settings.sigma_std],
             "seed": settings.loop.seed,
             "draws": settings.teacher_draws,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.diffusion.process import Process
-from vdmini_core.distillation.answers import TeacherAnswers
+from vdmini_core.distillation.answers import TeacherAnswers, answer_needed
 from vdmini_core.distillation.heads import Discriminator, discriminator_losses, verdict
 from vdmini_core.distillation.losses import generator_hinge_loss, individual_content_loss
 from vdmini_core.distillation.taps import renoised_features, tapped
@@ -32,8 +32,8 @@ class ICMD:
     """Computes the losses of one step; holds the networks, owns no optimizer.
 
     `matches` maps every teacher unit that survived to the student's unit made from it; `process` is the
-    teacher's noise algebra. With `answers`, kept on disk, the teacher does not run, and is None where no heads read
-    its encoder either.
+    teacher's noise algebra. The teacher is None where no loss reads it (`answers.teacher_needed`): with `answers`, kept
+    on disk, it does not run.
     """
 
     def __init__(
@@ -92,13 +92,15 @@ class ICMD:
             "mca_weight": self.mca_weight(step),
         }
         with torch.no_grad():
-            if self.answers is None:
+            answer = None
+            if self.answers is not None:
+                answer = self.answers.read(batch["ids"], batch["draw"]).to(self.device)
+            elif answer_needed(self.settings):
                 with tapped(self.teacher_taps) as features:
                     answer = self._predict(self.teacher, state)
                     state["teacher_features"] = dict(features)
-            else:
-                answer = self.answers.read(batch["ids"], batch["draw"]).to(self.device)
             if self.settings.mca_weight > 0:
+                assert answer is not None
                 x0_teacher = self.process.clean(answer.float(), state["noisy"], state["sigma"])
                 state["real"] = self._renoised_features(x0_teacher, state)
             return state | self.task.prepare(batch, state, answer)
@@ -117,7 +119,7 @@ class ICMD:
 
         losses = self.task.loss(output, fake, state)
         total = losses["task"]
-        if self.answers is None:
+        if self.settings.icd_weight > 0:
             losses["icd"] = individual_content_loss(
                 [own[name] for name in self.teacher_taps],
                 [state["teacher_features"][name] for name in self.teacher_taps],
@@ -185,7 +187,8 @@ def distill(
         if done % settings.validation.every == 0:
             weights = averaged(players[0])  # shards of every process
             if validation is not None:
-                validation(done, type(student)(rebuild(student_class, config_of(student.model), weights)))
+                averages = rebuild(student_class, config_of(student.model), weights).to(device)
+                validation(done, type(student)(averages))
         return None if validation is None else validation.best(done)
 
     with ExitStack() as stack:

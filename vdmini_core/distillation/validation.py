@@ -30,7 +30,7 @@ from vdmini_core.training.checkpoint import load_checkpoint
 from vdmini_core.training.history import History
 
 SHOWN, SHOWN_FRAMES, SHOWN_SIDE = 4, 8, 160  # of a picture at most: clips, frames of each, pixels of a frame's side
-HINGE = "train/discriminator/total"
+HINGES = ("train/discriminator/total", "train/task_discriminator/total")
 SMALLEST = 1e-6  # of what is divided by
 
 logger = logging.getLogger(__name__)
@@ -136,9 +136,10 @@ class Validation:
         return decoded_batches(self.pipeline, self.data, self.settings.clips, self.settings, self.first)
 
     def _hinge(self, step: int) -> float | None:
-        """The discriminator's hinge loss as it was logged since the validation before; None if it was not."""
+        """The discriminators' mean hinge loss as logged since the validation before; None if it was not."""
         since = range(step - self.settings.every, step)
-        found = [row[HINGE] for row in self.training.rows() if row["step"] in since and HINGE in row]
+        rows = [row for row in self.training.rows() if row["step"] in since]
+        found = [row[name] for row in rows for name in HINGES if name in row]
         return float(np.mean(found)) if found else None
 
 

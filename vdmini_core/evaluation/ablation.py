@@ -109,11 +109,15 @@ def check_weights(settings: DistillSettings) -> None:
 
 
 def arm_settings(settings: DistillSettings, arm: str, seed: int, steps: int) -> DistillSettings:
-    """The settings of one training: `settings` but for its length, its seed and the losses the arm is without."""
+    """The settings of one training: `settings` but for its length, its seed and the losses the arm is without.
+
+    Raises pydantic's ValidationError, a ValueError, where those do not go together.
+    """
     icd, mca = ARMS[arm]
-    return settings.model_copy(
-        update={
-            "loop": settings.loop.model_copy(update={"seed": seed, "max_steps": steps}),
+    return DistillSettings.model_validate(
+        {
+            **settings.model_dump(),
+            "loop": {**settings.loop.model_dump(), "seed": seed, "max_steps": steps},
             "icd_weight": settings.icd_weight if icd else 0.0,
             "mca_weight": settings.mca_weight if mca else 0.0,
         }

@@ -137,7 +137,8 @@ def train(
                 log({**averages, "train/learning_rate_factor": factor}, step)
         done, stop = step + 1, any_process(should_stop(), device)
         spare = None if after_step is None else of_main(after_step(done) or 0, device) or None
-        if checkpoints is not None and (stop or spare == done or done % settings.checkpoint_every == 0):
+        due = stop or spare == done or done == settings.max_steps or done % settings.checkpoint_every == 0
+        if checkpoints is not None and due:
             tensors = snapshot(players)
             if is_main():
                 save_checkpoint(checkpoints, done, tensors, fingerprint, settings.keep_checkpoints, spare)

@@ -37,8 +37,9 @@ class TaskLoss(ABC):
         """Noise levels `sigma` [count] of so many clips, and what else the task draws for them; on the CPU."""
         return {"sigma": self.process.draw(count, self.settings.sigma_mean, self.settings.sigma_std, generator)}
 
-    def prepare(self, batch: Batch, state: State, answer: Tensor) -> State:
-        """What the losses will read beside `state`; `answer` is the teacher's. Called without gradients."""
+    def prepare(self, batch: Batch, state: State, answer: Tensor | None) -> State:
+        """What the losses will read beside `state`; `answer` is the teacher's, or None where no loss
+        wants it. Called without gradients."""
         return {}
 
     @abstractmethod

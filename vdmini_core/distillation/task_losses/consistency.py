@@ -32,7 +32,7 @@ class Consistency(TaskLoss):
         level = torch.randint(len(self.levels), (count,), generator=generator)
         return {"sigma": self.levels[level], "lower": self.lower[level]}
 
-    def prepare(self, batch: Batch, state: State, answer: Tensor) -> State:
+    def prepare(self, batch: Batch, state: State, answer: Tensor | None) -> State:
         lower = batch["lower"].to(self.device)
         noisy = self.process.noised(batch["latents"], batch["noise"], batch["lower"]).to(self.device)
         # A network is not asked at level 0; whatever it answers there means its input.

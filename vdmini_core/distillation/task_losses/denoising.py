@@ -14,8 +14,9 @@ from vdmini_core.training.distributed import Batch, Losses, State
 class Denoising(TaskLoss):
     """Squared error of the answer, against the clip's own or, by `distill.target`, the teacher's."""
 
-    def prepare(self, batch: Batch, state: State, answer: Tensor) -> State:
+    def prepare(self, batch: Batch, state: State, answer: Tensor | None) -> State:
         if self.settings.target == "teacher":
+            assert answer is not None
             return {"target": answer.float()}
         target = self.process.target(batch["latents"], batch["noise"], batch["sigma"])
         return {"target": target.to(self.device)}

@@ -34,7 +34,7 @@ class OneStep(TaskLoss):
         own = self.settings.one_step
         return {"sigma": self.process.draw(count, own.sigma_mean, own.sigma_std, generator)}
 
-    def prepare(self, batch: Batch, state: State, answer: Tensor) -> State:
+    def prepare(self, batch: Batch, state: State, answer: Tensor | None) -> State:
         assert self.teacher is not None
         clips = batch["latents"].to(self.device)
         return {"clips": clips, "clip_features": renoised_features(self.teacher, self.process, clips, state)}
