@@ -93,7 +93,8 @@ def train(
 ) -> UNetDenoiser:
     """Distil as `folder/<name>`: history, checkpoints, and what the student answers in the end."""
     if resumed_from is not None and is_main():
-        shutil.copytree(folder / resumed_from / "checkpoints", folder / name / "checkpoints")
+        kept = f"step-{KEPT_AT:08d}"
+        shutil.copytree(folder / resumed_from / "checkpoints" / kept, folder / name / "checkpoints" / kept)
     if distributed.is_initialized():
         distributed.barrier()
     teacher = new_teacher()
