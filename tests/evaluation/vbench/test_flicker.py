@@ -1,5 +1,6 @@
 """temporal_flickering against the official definition, written out a second time, on encoded clips."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ def official(path: Path) -> float:
     video, frames = cv2.VideoCapture(str(path)), []
     while (read := video.read())[0]:
         frames.append(np.array(read[1], dtype=np.float32))
-    pairs = [np.mean(cv2.absdiff(a, b)) for a, b in zip(frames[:-1], frames[1:], strict=True)]
+    pairs = [np.mean(cv2.absdiff(a, b)) for a, b in pairwise(frames)]
     return float((255.0 - np.mean(np.array(pairs)).item()) / 255.0)
 
 
@@ -38,7 +39,7 @@ def test_encoded_clips_are_scored_as_by_the_official_code(
 
 
 def test_large_noisy_frames_are_scored_as_by_the_official_code(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (6, 480, 640, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 240, 320, 3), dtype=np.uint8)
     write_video(tmp_path / "noise.mp4", noise, fps=8, codec="libx264", crf=10)
     assert flickering_score(tmp_path / "noise.mp4") == pytest.approx(official(tmp_path / "noise.mp4"), abs=1e-6)
 

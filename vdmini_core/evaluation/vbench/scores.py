@@ -136,7 +136,7 @@ def read_scores(path: Path, suite: str | None = None) -> Scores:
     Scores are fractions; a file in percent is recognised by values above 1, and "96.85%" is read as written. The
     suite is the one whose own dimensions the file has, unless it is given. ValueError says what is no score.
     """
-    scores, others, unit = parse_scores(_json_of(path), str(path))
+    scores, others, unit = parse_scores(whole_json(path), str(path))
     if suite is None:
         i2v, t2v = (any(name in scores for name in own) for own in (I2V, SEMANTIC))
         if i2v and t2v:
@@ -148,7 +148,8 @@ def read_scores(path: Path, suite: str | None = None) -> Scores:
     return aggregate(scores, suite, others=tuple(sorted({*others, *unused})), unit=unit)
 
 
-def _json_of(path: Path) -> Any:
+def whole_json(path: Path) -> Any:
+    """The content of a JSON file, or ValueError naming it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
