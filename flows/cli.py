@@ -347,7 +347,9 @@ def settings() -> None:
         typer.echo("  ".join(["", *columns, meaning]).rstrip())
 
 
-app.command(rich_help_panel=MEASURE)(measure.frechet)
+for command in (measure.frechet, measure.fvd, measure.ucf101, measure.compare):
+    app.command(rich_help_panel=MEASURE)(command)
+app.command("is", rich_help_panel=MEASURE)(measure.inception)
 app.add_typer(measure.vbench, name="vbench", rich_help_panel=MEASURE)
 
 

@@ -1,7 +1,7 @@
 """Commands that measure what is there, without a recipe: distances of features, VBench, FVD and IS of videos."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -153,3 +153,141 @@ def vbench_run(
     typer.echo(report.model_dump_json(indent=1) if as_json else report_text(report))
     if not all(attempt.scored for attempt in report.attempts.values()):
         raise typer.Exit(1)
+
+
+ExtractorFile = Annotated[str, typer.Option(help="A TorchScript file: path or URL.")]
+Sha256 = Annotated[str, typer.Option(help="Of that file; it is not loaded if it has another.")]
+Count = Annotated[int, typer.Option("--clips", min=2, help="N, of each side.")]
+ClipFrames = Annotated[int, typer.Option("--frames", min=2, help="Consecutive frames of a clip.")]
+ClipSize = Annotated[int, typer.Option("--size", help="Pixels; the short side is resized, the centre cropped.")]
+ClipFps = Annotated[float | None, typer.Option("--fps", help="Take frames at this rate; each file's own by default.")]
+Start = Annotated[Literal["first", "random"], typer.Option(help="Where in a file a clip begins.")]
+Split = Annotated[int, typer.Option(min=1, max=3, help="Of UCF101.")]
+ListPart = Annotated[Literal["train", "test", "all"], typer.Option(help="Of UCF101's split.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that decode while the extractor works.")]
+Batch = Annotated[int, typer.Option(min=1, help="Clips that the extractor gets at once.")]
+Cache = Annotated[Path, typer.Option(help="Where features are kept, so that the same command goes on.")]
+ResultFile = Annotated[Path | None, typer.Option("--out", help="Also write the result to this JSON file.")]
+FEATURES = Path(".scratch/features")
+
+
+def fvd(
+    real: Annotated[Path, typer.Argument(help="UCF101 (UCF-101/ beside ucfTrainTestlist/), or a folder of videos.")],
+    generated: Annotated[Path, typer.Argument(help="A folder of videos, or what `vdmini ucf101` wrote.")],
+    extractor: ExtractorFile,
+    sha256: Sha256,
+    split: Split = 1,
+    part: ListPart = "train",
+    clips: Count = 2048,
+    frames: ClipFrames = 16,
+    size: ClipSize = 256,
+    fps: ClipFps = None,
+    start: Start = "first",
+    ddof: Annotated[int, typer.Option(min=0, max=1, help="Of the covariances: 0 as StyleGAN-V, 1 as others.")] = 0,
+    workers: Workers = 2,
+    batch: Batch = 8,
+    cache: Cache = FEATURES,
+    out: ResultFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Frechet video distance by the protocol of StyleGAN-V, with its N, its floor and its protocol.
+
+    The floor is that of real videos to as many other real ones. Unreadable videos are left out, counted and named.
+    """
+    with explained():
+        from tasks._ucf101 import Extraction
+        from tasks._ucf101 import fvd as measure
+        from vdmini_core.artifacts import write_json
+        from vdmini_core.evaluation.ucf101 import fvd_text
+        from vdmini_core.evaluation.video_features import ClipSpec
+
+        spec = ClipSpec(frames=frames, size=size, fps=fps, start=start)
+        extraction = Extraction(extractor, sha256, spec, workers, batch, cache)
+        result = measure(real, generated, extraction, split, part, clips, ddof)
+        if out is not None:
+            write_json(out, result)
+    typer.echo(result.model_dump_json(indent=1) if as_json else fvd_text(result))
+
+
+def inception(
+    generated: Annotated[Path, typer.Argument(help="A folder of videos, or what `vdmini ucf101` wrote.")],
+    extractor: ExtractorFile,
+    sha256: Sha256,
+    clips: Count = 2048,
+    splits: Annotated[int, typer.Option(min=1, help="Parts that the score is a mean of.")] = 10,
+    frames: ClipFrames = 16,
+    size: ClipSize = 256,
+    fps: ClipFps = None,
+    workers: Workers = 2,
+    batch: Batch = 8,
+    cache: Cache = FEATURES,
+    out: ResultFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Inception score of videos, by a classifier such as StyleGAN-V's c3d_ucf101.pt."""
+    with explained():
+        from tasks._ucf101 import Extraction
+        from tasks._ucf101 import inception as measure
+        from vdmini_core.artifacts import write_json
+        from vdmini_core.evaluation.ucf101 import inception_text
+        from vdmini_core.evaluation.video_features import ClipSpec
+
+        extraction = Extraction(extractor, sha256, ClipSpec(frames=frames, size=size, fps=fps), workers, batch, cache)
+        result = measure(generated, extraction, clips, splits)
+        if out is not None:
+            write_json(out, result)
+    typer.echo(result.model_dump_json(indent=1) if as_json else inception_text(result))
+
+
+def ucf101(
+    data: Annotated[Path, typer.Argument(help="UCF101 (UCF-101/ beside ucfTrainTestlist/), or a folder of videos.")],
+    model: Annotated[str, typer.Option(help="As for `vdmini generate`.")],
+    out: Out,
+    split: Split = 1,
+    part: ListPart = "test",
+    clips: Annotated[int | None, typer.Option(min=1, help="Of so many videos; all by default.")] = None,
+    steps: Steps = 8,
+    fps: Fps = 8,
+    crf: Crf = 16,
+    seed: Seed = 0,
+    shard: Annotated[str, typer.Option(help="i/n: this worker's part of the videos; all write to one folder.")] = "0/1",
+) -> None:
+    """Make a video for each real one, from its first frame (or of its class, by text), for `vdmini fvd`.
+
+    They go to OUT/videos under the real ones' names; the same command goes on where it was.
+    """
+    with explained():
+        from tasks._ucf101 import generate
+
+        made, asked = generate(
+            data, model, out, split=split, part=part, count=clips, steps=steps, fps=fps, crf=crf, seed=seed, shard=shard
+        )
+    typer.echo(f"{out / 'videos'}: {made.count} of the {asked} videos of this shard made now")
+    for reason in made.skipped.values():
+        typer.echo(f"skipped: {reason}", err=True)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="The JSON file of a result, such as artifacts/evaluate/report.json.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    despite: Annotated[
+        list[str] | None, typer.Option(help="A part of the protocol that may differ; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the numbers of two results side by side, if they were made by one protocol.
+
+    Otherwise it is said what differs (exit code 2), and they are compared only if each of that is named.
+    """
+    with explained():
+        from vdmini_core.evaluation.protocol import compare_results
+
+        result = compare_results(first, second, despite or ())
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+        return
+    if result.despite:
+        typer.echo(f"DIFFERENT PROTOCOLS: {', '.join(result.despite)}", err=True)
+    width = max((len(row.name) for row in result.numbers), default=0)
+    for row in result.numbers:
+        typer.echo(f"{row.name:{width}}  {row.first:<12.6g} {row.second:<12.6g} {row.change:+.6g}")

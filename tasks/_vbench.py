@@ -92,7 +92,7 @@ def generate(request: Request, making: Making, shard: str = "0/1") -> tuple[int,
         codec="libx264",
         crf=making.crf,
     )
-    return generate_videos(pipeline, orders, request.out, manifest, progress), len(orders)
+    return generate_videos(pipeline, orders, request.out, manifest, progress).count, len(orders)
 
 
 def run(request: Request, official: Official, making: Making | None) -> VBenchReport:

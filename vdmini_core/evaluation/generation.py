@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from vdmini_core.artifacts import Record, read_json, write_json
-from vdmini_core.data.video import read_clip, write_video
+from vdmini_core.data.video import UnreadableVideo, read_clip, write_video
 from vdmini_core.evaluation.compare import to_frames
 from vdmini_core.evaluation.protocol import Sampling
 from vdmini_core.models import Pipeline
@@ -47,6 +47,13 @@ class GenerationManifest(Record):
     crf: int
 
 
+class Made(Record):
+    """How many videos were made now, and those that could not be, with the reason."""
+
+    count: int
+    skipped: dict[str, str]
+
+
 def generate_videos(
     pipeline: Pipeline,
     orders: Sequence[Order],
@@ -54,8 +61,8 @@ def generate_videos(
     manifest: GenerationManifest,
     track: Track = silent_track,
     description: str = "generate",
-) -> int:
-    """Make the videos that are not in `folder`/videos yet; how many that were.
+) -> Made:
+    """Make the videos that are not in `folder`/videos yet. One whose real video has no first frame is left out.
 
     A video is whole or absent, and `videos` holds nothing else: drafts lie beside it. ValueError where the folder was
     begun by another model or with other settings.
@@ -63,9 +70,13 @@ def generate_videos(
     claim_folder(folder, manifest)
     videos, drafts = folder / "videos", folder / "drafts"
     missing = [order for order in orders if not (videos / order.name).is_file()]
-    told = EncodeSettings()
+    told, skipped = EncodeSettings(), dict[str, str]()
     for order in track(missing, description, len(missing)):
-        first = first_frame(order, manifest)
+        try:
+            first = first_frame(order, manifest)
+        except UnreadableVideo as error:
+            skipped[order.name] = str(error)
+            continue
         clip = generate_clip(
             pipeline,
             first,
@@ -81,7 +92,7 @@ def generate_videos(
         target.parent.mkdir(parents=True, exist_ok=True)
         write_video(draft, to_frames(clip), fps=manifest.fps, codec=manifest.codec, crf=manifest.crf)
         draft.replace(target)
-    return len(missing)
+    return Made(count=len(missing) - len(skipped), skipped=skipped)
 
 
 def claim_folder(folder: Path, manifest: GenerationManifest) -> None:
