@@ -51,6 +51,9 @@ def score(
         typer.echo(f"{name:9}{'incomplete' if value is None else f'{value:.2f}'}")
     if result.missing:
         typer.echo(f"missing  {', '.join(result.missing)}")
+    if result.short:
+        counts = (f"{name} {listed} of {asked}" for name, (listed, asked) in result.short.items())
+        typer.echo(f"videos   fewer than the suite asks for: {', '.join(counts)}")
     if result.others:
         typer.echo(f"not used {', '.join(result.others)}")
 

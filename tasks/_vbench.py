@@ -1,5 +1,7 @@
 """What `vdmini vbench generate` and `vdmini vbench run` do: make the videos, then have them judged."""
 
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +99,8 @@ def generate(request: Request, making: Making, shard: str = "0/1") -> tuple[int,
 
 def run(request: Request, official: Official, making: Making | None) -> VBenchReport:
     """Make what is missing if a model is given, and have the videos judged; the report is in `out`/report.json."""
+    # Without a handler SIGTERM would leave the official process running.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     official.check(request.suite)
     if making is not None:
         generate(request, making)

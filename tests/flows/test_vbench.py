@@ -1,10 +1,15 @@
 """`vdmini vbench generate` and `run` from end to end, with a tiny model and a stand-in for the official code."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import Result
 from PIL import Image
@@ -26,6 +31,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     return write_checkout(tmp_path / "VBench", prompts=1)
+
+
+@pytest.fixture(autouse=True)
+def _sigterm() -> Iterator[None]:
+    """`vbench run` changes what SIGTERM does to this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def call(command: str, *arguments: object) -> Result:
@@ -89,6 +102,25 @@ def test_a_stray_file_is_refused_before_the_official_code_starts(model: Path, ch
     result = call("run", "--checkout", checkout, "--out", out, "--python", sys.executable, *TWO[:4])
     assert (result.exit_code, calls(checkout)) == (2, [])
     assert "1 entries belong to no prompt (.DS_Store); move them away" in result.stderr
+
+
+def test_an_ended_evaluation_leaves_no_official_process_behind(checkout: Path, tmp_path: Path) -> None:
+    set_modes(checkout, scene="hang")
+    (tmp_path / "out" / "videos").mkdir(parents=True)
+    for index in range(5):
+        (tmp_path / "out" / "videos" / f"a scene, no. 0-{index}.mp4").write_bytes(b"stands for a video")
+    arguments = ("--checkout", checkout, "--out", tmp_path / "out", "--python", sys.executable, "--dimension", "scene")
+    command = [sys.executable, "-m", "flows.cli", "vbench", "run", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not calls(checkout) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert calls(checkout) == ["scene"]
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if str(checkout / "evaluate.py") in (p.info["cmdline"] or [])
+    ]
 
 
 def test_images_begin_the_videos_of_i2v(tiny_pipeline_folder: Path, model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ print("evaluating", dimension, flush=True)
 if mode == "fail":
     raise RuntimeError("CUDA is not available")
 if mode == "hang":
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", here])
     time.sleep(600)
 if mode == "silent":
     sys.exit(0)

@@ -72,7 +72,11 @@ def test_a_score_of_zero_is_a_score(tmp_path: Path) -> None:
 def test_the_official_result_is_read_as_the_flat_one(tmp_path: Path) -> None:
     videos = [{"video_path": "a-0.mp4", "video_results": 0.5}]
     official: dict[str, list[Any]] = {name: [value, videos] for name, value in fractions(KLING).items()}
-    assert read_scores(write(tmp_path, official)) == aggregate(fractions(KLING), "t2v")
+    found = read_scores(write(tmp_path, official))
+    assert found.model_copy(update={"short": {}}) == aggregate(fractions(KLING), "t2v")
+    assert found.short["scene"] == (1, 430)
+    official["scene"] = [0.5, videos * 430]
+    assert "scene" not in read_scores(write(tmp_path, official)).short
 
 
 def test_camera_motion_is_read_from_its_own_triple(tmp_path: Path) -> None:

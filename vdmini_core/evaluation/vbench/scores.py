@@ -75,6 +75,39 @@ LEADERBOARD_NAMES = {
     "video_image_background_consistency": "i2v_background",
     "video_text_camera_motion": "camera_motion",
 }
+PROMPTS: dict[str, dict[str, int]] = {
+    "t2v": {
+        "subject_consistency": 72,
+        "background_consistency": 86,
+        "motion_smoothness": 72,
+        "dynamic_degree": 72,
+        "aesthetic_quality": 93,
+        "imaging_quality": 93,
+        "object_class": 79,
+        "multiple_objects": 82,
+        "human_action": 100,
+        "spatial_relationship": 84,
+        "scene": 86,
+        "appearance_style": 90,
+        "temporal_style": 100,
+        "overall_consistency": 93,
+    },
+    "i2v": {
+        "i2v_subject": 246,
+        "i2v_background": 109,
+        "camera_motion": 763,
+        "subject_consistency": 246,
+        "background_consistency": 109,
+        "motion_smoothness": 246,
+        "dynamic_degree": 246,
+        "aesthetic_quality": 355,
+        "imaging_quality": 355,
+    },
+}
+"""Prompts of a dimension whose official result lists every video: not `color` (only where the object was found) and
+`temporal_flickering` (only static ones, after the filter).
+"""
+VIDEOS_PER_PROMPT = 5
 KNOWN = {*DIMENSIONS["t2v"], *DIMENSIONS["i2v"]}
 
 
@@ -82,6 +115,8 @@ class Scores(Record):
     """What was found of a suite. Groups and total are in percent, None where a dimension of theirs is missing.
 
     `dimensions` are the scores as measured, 0 to 1; `others` are keys of the file that are no dimension of the suite.
+    `short` are dimensions of an official result with fewer videos than the suite asks for: how many, and of how many.
+    They do count; who made the result knows whether that was meant.
     """
 
     suite: str
@@ -93,6 +128,7 @@ class Scores(Record):
     missing: tuple[str, ...]
     dimensions: dict[str, float]
     others: tuple[str, ...] = ()
+    short: dict[str, tuple[int, int]] = Field(default_factory=dict)
     unit: str = Field("fraction", description="how the file gave its scores: fraction or percent")
 
 
@@ -136,7 +172,8 @@ def read_scores(path: Path, suite: str | None = None) -> Scores:
     Scores are fractions; a file in percent is recognised by values above 1, and "96.85%" is read as written. The
     suite is the one whose own dimensions the file has, unless it is given. ValueError says what is no score.
     """
-    scores, others, unit = parse_scores(whole_json(path), str(path))
+    content = whole_json(path)
+    scores, others, unit = parse_scores(content, str(path))
     if suite is None:
         i2v, t2v = (any(name in scores for name in own) for own in (I2V, SEMANTIC))
         if i2v and t2v:
@@ -145,7 +182,16 @@ def read_scores(path: Path, suite: str | None = None) -> Scores:
     elif suite not in SUITES:
         raise ValueError(f"there is no VBench suite {suite!r}; there are {', '.join(SUITES)}")
     unused = (name for name in scores if name not in DIMENSIONS[suite])
-    return aggregate(scores, suite, others=tuple(sorted({*others, *unused})), unit=unit)
+    return aggregate(scores, suite, others=tuple(sorted({*others, *unused})), short=_short(content, suite), unit=unit)
+
+
+def _short(content: dict[str, Any], suite: str) -> dict[str, tuple[int, int]]:
+    found = {}
+    for key, value in content.items():
+        expected = VIDEOS_PER_PROMPT * PROMPTS[suite].get(canonical(key), 0)
+        if isinstance(value, list) and len(value) > 1 and isinstance(value[-1], list) and len(value[-1]) < expected:
+            found[canonical(key)] = (len(value[-1]), expected)
+    return found
 
 
 def whole_json(path: Path) -> Any:

@@ -12,9 +12,8 @@ from typing import Any
 
 from vdmini_core.artifacts import Record, json_digest
 from vdmini_core.evaluation.generation import Order
-from vdmini_core.evaluation.vbench.scores import DIMENSIONS
+from vdmini_core.evaluation.vbench.scores import DIMENSIONS, VIDEOS_PER_PROMPT
 
-VIDEOS_PER_PROMPT = 5
 SUFFIX = ".mp4"
 FULL_INFO = {"t2v": "vbench/VBench_full_info.json", "i2v": "vbench2_beta_i2v/vbench2_i2v_full_info.json"}
 """Where a checkout of the official code has the prompts of a suite."""
