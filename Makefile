@@ -1,11 +1,12 @@
 # The two commands of a newcomer are `make demo` and `make test`; each builds the environment first.
 PYTHON ?= python3.11
+VBENCH_PYTHON ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test lint env up down zoo lock clean
+.PHONY: demo test lint env up down zoo vbench lock clean
 
 demo: env  ## the whole recipe on the built-in teacher, a report at the end
 	vdmini run
@@ -35,6 +36,15 @@ down:  ## stop what `make up` started
 
 zoo: env  ## train the built-in models from nothing
 	vdmini zoo
+
+VBENCH_COMMIT := 45e79ec14e69a2187202c675d2dbce1a71843d53
+vbench:  ## the official VBench in .vbench/, in an environment of its own (CUDA 12.1, Python 3.10)
+	test -d .vbench/VBench || git clone https://github.com/Vchitect/VBench .vbench/VBench
+	git -C .vbench/VBench checkout -q $(VBENCH_COMMIT)
+	$(VBENCH_PYTHON) -m venv .vbench/venv
+	.vbench/venv/bin/pip install -q torch torchvision --index-url https://download.pytorch.org/whl/cu121
+	.vbench/venv/bin/pip install -q -r .vbench/VBench/requirements.txt
+	.vbench/venv/bin/pip install -q --no-build-isolation git+https://github.com/facebookresearch/detectron2.git
 
 lock:  ## write the versions of this environment to requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu//" > requirements.lock

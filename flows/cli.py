@@ -13,7 +13,11 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from flows import measure
+from flows.errors import explained
+
 RUN, SERVICES, LOOK = "Run the recipe", "Services on this machine", "Look"
+MEASURE = "Measure what is there"
 
 app = typer.Typer(
     name="vdmini",
@@ -27,16 +31,6 @@ Run it in the project's root. Settings are in params.yaml (`vdmini settings` exp
 `vdmini run` brings every stage up to date and prints the comparison. `vdmini up` starts local
 servers on which you can watch runs (Prefect) and compare them (MLflow); it is not needed to run.""",
 )
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """What the user can mend, as one paragraph on stderr and exit code 2 instead of a traceback."""
-    try:
-        yield
-    except (ValueError, LookupError, OSError, MemoryError) as error:
-        typer.echo(f"vdmini: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 @contextmanager
@@ -351,6 +345,12 @@ def settings() -> None:
         *cells, meaning = row
         columns = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
         typer.echo("  ".join(["", *columns, meaning]).rstrip())
+
+
+for command in (measure.frechet, measure.fvd, measure.ucf101, measure.compare):
+    app.command(rich_help_panel=MEASURE)(command)
+app.command("is", rich_help_panel=MEASURE)(measure.inception)
+app.add_typer(measure.vbench, name="vbench", rich_help_panel=MEASURE)
 
 
 def setting_rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:

@@ -74,9 +74,8 @@ class Context:
         return folder
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """A progress bar on stderr; one line a second where that is no terminal."""
-        interval = 0.1 if sys.stderr.isatty() else 5.0
-        return iter(tqdm(items, description, total, mininterval=interval, dynamic_ncols=True))
+        """A progress bar on stderr."""
+        return progress(items, description, total)
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -92,6 +91,12 @@ class Context:
     def provenance(self, **inputs: str) -> Provenance:
         """What produces this stage's results, with the digests of what they were made from."""
         return provenance(self.settings.model_dump(mode="json"), self.device, inputs)
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """A progress bar on stderr; a line in five seconds where that is no terminal."""
+    interval = 0.1 if sys.stderr.isatty() else 5.0
+    return iter(tqdm(items, description, total, mininterval=interval, dynamic_ncols=True))
 
 
 def provenance(params: dict[str, Any], device: torch.device, inputs: dict[str, str]) -> Provenance:

@@ -75,7 +75,7 @@ def index_clips(root: Path, settings: DataSettings, track: Track = silent_track)
     """
     if not root.is_dir():
         raise FileNotFoundError(f"data.source {str(root)!r} does not exist; give `synthetic` or an existing folder")
-    layout, files = _listed(root, settings.split)
+    layout, files = listed_videos(root, settings.split)
     clips, skipped = [], {}
     with ProcessPoolExecutor(2) as pool:
         problems = pool.map(_problem, [root / path for path, _, _ in files], repeat(settings), chunksize=16)
@@ -105,8 +105,8 @@ def index_clips(root: Path, settings: DataSettings, track: Track = silent_track)
     )
 
 
-def _listed(root: Path, split: int) -> tuple[str, list[tuple[str, str, str]]]:
-    """(path below root, class, split) of every listed file."""
+def listed_videos(root: Path, split: int) -> tuple[str, list[tuple[str, str, str]]]:
+    """The layout, ucf101 or folder, and of every listed file its path below `root`, class, and train or test."""
     lists = root / "ucfTrainTestlist"
     if (root / "UCF-101").is_dir() and lists.is_dir():
         files = []
@@ -145,4 +145,9 @@ def caption_of(clip: Clip) -> str:
     """What a text-to-video model is told of a clip: the synthetic label in words, or the words of its class."""
     if clip.label is not None:
         return describe_label(Label(*clip.label))
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", clip.class_name).replace("_", " ").lower()
+    return class_words(clip.class_name)
+
+
+def class_words(name: str) -> str:
+    """`ApplyEyeMakeup` -> `apply eye makeup`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").lower()

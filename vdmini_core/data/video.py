@@ -19,8 +19,10 @@ class UnreadableVideo(ValueError):
     """The file is no video, is damaged, or is shorter than the clip asked for."""
 
 
-def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: int | tuple[int, int]) -> Frames:
-    """Decode the first `frames` frames at `fps` (None: the file's own), uint8 [T, H, W, 3].
+def read_clip(
+    source: Path | BinaryIO, *, frames: int, fps: float | None, size: int | tuple[int, int], start: int = 0
+) -> Frames:
+    """Decode `frames` frames at `fps` (None: the file's own) from the `start`-th on, uint8 [T, H, W, 3].
 
     Frames are taken at the nearest earlier source frame of each output time. They are resized (area
     averaging when shrinking) just to cover `size`, a side or height and width; then the centre is cropped.
@@ -36,7 +38,7 @@ def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: 
             if own_fps <= 0:
                 raise UnreadableVideo(f"{name} does not state its frame rate")
             step = own_fps / (fps or own_fps)
-            wanted = [int(index * step + 1e-6) for index in range(frames)]
+            wanted = [int(index * step + 1e-6) for index in range(start, start + frames)]
             picked: list[Frames] = []
             for index, frame in enumerate(container.decode(stream)):
                 while len(picked) < frames and wanted[len(picked)] == index:
@@ -46,8 +48,32 @@ def read_clip(source: Path | BinaryIO, *, frames: int, fps: float | None, size: 
     except (av.FFmpegError, OSError) as error:
         raise UnreadableVideo(f"{name} cannot be decoded: {error}") from error
     if len(picked) < frames:
-        raise UnreadableVideo(f"{name} is too short: {len(picked)} of {frames} frames at {fps or own_fps:g} fps")
+        place = f" from frame {start} on" if start else ""
+        raise UnreadableVideo(f"{name} is too short: {len(picked)} of {frames} frames at {fps or own_fps:g} fps{place}")
     return np.stack(picked)
+
+
+def frame_count(path: Path, *, fps: float | None) -> int:
+    """Frames of a file at `fps` (None: its own), by its header where that tells, else by decoding it."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UnreadableVideo(f"{path} has no video stream")
+            stream = container.streams.video[0]
+            own_fps = float(stream.average_rate or stream.guessed_rate or 0)
+            count = stream.frames or sum(1 for _ in container.decode(stream))
+    except (av.FFmpegError, OSError) as error:
+        raise UnreadableVideo(f"{path} cannot be decoded: {error}") from error
+    return int((count - 1) * fps / own_fps + 1e-6) + 1 if fps and own_fps and count else count
+
+
+def codec_of(path: Path) -> str | None:
+    """The codec that a file's video stream is in, such as h264; None where there is none to read."""
+    try:
+        with av.open(str(path)) as container:
+            return container.streams.video[0].codec_context.name if container.streams.video else None
+    except (av.FFmpegError, OSError):
+        return None
 
 
 def write_video(

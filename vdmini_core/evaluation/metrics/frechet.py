@@ -1,7 +1,52 @@
 """Frechet distance between two sets of features (Heusel et al. 2017, arXiv 1706.08500)."""
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
+
+from vdmini_core.artifacts import Record, file_digest
+
+
+class FeatureDistance(Record):
+    """A Frechet distance between the features of two files, with the counts and digests that belong to it."""
+
+    distance: float
+    ddof: int
+    first: int
+    second: int
+    width: int
+    digests: tuple[str, str]
+
+
+def distance_of_files(first: Path, second: Path, *, ddof: int = 0) -> FeatureDistance:
+    """Frechet distance between features [N, D] in two .npy files; pickled arrays are refused."""
+    a, b = read_features(first), read_features(second)
+    return FeatureDistance(
+        distance=frechet_distance(a, b, ddof=ddof),
+        ddof=ddof,
+        first=len(a),
+        second=len(b),
+        width=a.shape[1],
+        digests=(file_digest(first), file_digest(second)),
+    )
+
+
+def read_features(path: Path) -> npt.NDArray[np.float64]:
+    """Features [N, D] of a .npy file in float64."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected features [N, D] as numpy.save writes them")
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file of numbers: {error}") from None
+    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.number) or found.ndim != 2:
+        raise ValueError(f"{path}: expected numbers [N, D] in a .npy file, got {_described(found)}")
+    return found.astype(np.float64)
+
+
+def _described(found: object) -> str:
+    return f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
 
 
 def frechet_distance(a: npt.ArrayLike, b: npt.ArrayLike, *, ddof: int = 0) -> float:
