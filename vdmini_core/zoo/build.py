@@ -81,27 +81,27 @@ SETTINGS = {
     "text_encoder": LoopSettings(
         max_steps=300, batch_size=64, warmup_steps=20, log_every=50, ema_decay=0.98, precision="fp32"
     ),
-    "text_teacher": LoopSettings(max_steps=13000, batch_size=8, decay_fraction=0.5, ema_decay=0.999, precision="fp32"),
-    # A tenth of its clips come without their captions, for the guidance that the last training makes its own.
-    "text_refined": LoopSettings(
-        seed=1, max_steps=13000, batch_size=8, decay_fraction=0.5, ema_decay=0.999, precision="fp32"
-    ),
+    # A tenth of its clips come without their captions, for the guidance that the second training makes its own.
+    "text_teacher": LoopSettings(max_steps=12000, batch_size=32, decay_fraction=0.5, ema_decay=0.999, precision="fp32"),
     "text_guided": LoopSettings(
-        seed=2, max_steps=1000, batch_size=8, warmup_steps=50, decay_fraction=0.8, ema_decay=0.99, precision="fp32"
+        seed=1, max_steps=2000, batch_size=32, warmup_steps=50, decay_fraction=0.8, ema_decay=0.99, precision="fp32"
     ),
     "frame_vae": LoopSettings(max_steps=2400, batch_size=4, warmup_steps=50, log_every=50, ema_decay=0.99),
     # An answer that bfloat16 rounds by 2^-8 is wrong by 0.06 in x0 at the highest level, sigma 14.6.
-    "lcm_base": LoopSettings(max_steps=6500, batch_size=8, decay_fraction=0.5, ema_decay=0.998, precision="fp32"),
+    "lcm_base": LoopSettings(max_steps=1000, batch_size=64, decay_fraction=0.0, ema_decay=0.998, precision="fp32"),
+    "lcm_refined": LoopSettings(
+        seed=1, max_steps=1800, batch_size=8, decay_fraction=0.7, ema_decay=0.998, precision="fp32"
+    ),
     # The average is also the target network of the distillation, which follows the student closely (LCM: 0.95).
     "lcm_distilled": LoopSettings(
-        seed=1, max_steps=1500, batch_size=4, warmup_steps=50, decay_fraction=0.5, ema_decay=0.95, precision="fp32"
+        seed=2, max_steps=900, batch_size=4, warmup_steps=50, decay_fraction=0.5, ema_decay=0.95, precision="fp32"
     ),
 }
 
 PARTS = {
     TEACHER: ("vae", "image_encoder", "teacher_closed", "teacher_opened", "teacher_refined", "teacher_tuned"),
-    WAN_TEACHER: ("causal_vae", "text_encoder", "text_teacher", "text_refined", "text_guided"),
-    LCM_TEACHER: ("frame_vae", "text_encoder", "lcm_base", "lcm_distilled"),
+    WAN_TEACHER: ("causal_vae", "text_encoder", "text_teacher", "text_guided"),
+    LCM_TEACHER: ("frame_vae", "text_encoder", "lcm_base", "lcm_refined", "lcm_distilled"),
 }
 """The trainings that make each teacher."""
 
@@ -178,8 +178,7 @@ class Builder:
             pipeline = Wan.load(teacher, ("vae", "conditioner"), self.device)
             data = self._encoded("t2v", pipeline, TEXT_TEACHER_SEED, TEXT_FRAMES)
             untold, process = self._untold(pipeline), pipeline.process
-            train_teacher(denoiser, process, data, **self._run("text_teacher"))
-            train_teacher(denoiser, process, data, learning_rate=8e-4, untold=untold, **self._run("text_refined"))
+            train_teacher(denoiser, process, data, untold=untold, **self._run("text_teacher"))
             guide = TransformerDenoiser(copy.deepcopy(denoiser.model)), TEXT_GUIDANCE
             run = self._run("text_guided")
             train_teacher(denoiser, process, data, learning_rate=3e-4, untold=untold, guide=guide, **run)
@@ -204,7 +203,8 @@ class Builder:
             encoded = self._encoded("lcm", pipeline, TEXT_TEACHER_SEED, FRAMES)
             data = replace(encoded, condition={"text": encoded.condition["text"]})
             untold, process = self._untold(pipeline), pipeline.process
-            train_teacher(base, process, data, levels=LCM_LEVELS, untold=untold, **self._run("lcm_base"))
+            for name in ("lcm_base", "lcm_refined"):
+                train_teacher(base, process, data, levels=LCM_LEVELS, untold=untold, **self._run(name))
             self.say("distilling the text-to-video U-Net")
             levels = solver_levels(process, SOLVER_STEPS)
             student = distil_consistency(base, process, levels, data, untold, **self._run("lcm_distilled"))

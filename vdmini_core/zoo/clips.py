@@ -34,7 +34,7 @@ def render_set(count: int, seed: int, *, frames: int, size: int, random_beacon: 
 
     With `random_beacon` the beacon announces a motion drawn independently of the one shown.
     """
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor() as pool:
         drawn = list(
             pool.map(
                 _render_one,

@@ -3,6 +3,7 @@
 SVD's and Wan's make one latent of 4 x 4 pixels, and of every frame one; Stable Diffusion's has its real factor, 8 x 8.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,10 +90,15 @@ def train_vae(
     device: torch.device,
     log: Log = silent_log,
     track: Track = silent_track,
+    *,
+    learning_rate: float = 2e-3,
+    decoder_only: bool = False,
+    checkpoints: Path | None = None,
+    fingerprint: str = "",
 ) -> Any:
     """L1 + L2 reconstruction of short windows plus a light KL; the averaged weights, in place.
 
-    The latents' scale is set afterwards so that what the denoiser sees has unit variance, as in latent
+    With `decoder_only` the latents stay what they are. Else the latents' scale is set afterwards so that what the denoiser sees has unit variance, as in latent
     diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per channel.
     """
     torch.manual_seed(settings.seed)
@@ -117,7 +123,8 @@ def train_vae(
         return {"images": images, "noise": noise.to(device)}
 
     def loss(state: State) -> dict[str, Tensor]:
-        posterior = vae.encode(state["images"]).latent_dist
+        with torch.set_grad_enabled(not decoder_only):
+            posterior = vae.encode(state["images"]).latent_dist
         latents = posterior.mean + posterior.std * state["noise"]
         options = {"num_frames": window} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
         output = vae.decode(latents, **options).sample.float()
@@ -125,9 +132,21 @@ def train_vae(
         kl = posterior.kl().mean() / latents[0].numel()
         return {"total": l1 + 2 * l2 + KL_WEIGHT * kl, "l1": l1, "l2": l2, "kl": kl}
 
-    player = Player("vae", vae, loss, 2e-3)
-    train([player], batch_of, prepare, settings, device=device, log=log, track=track)
+    player = Player("vae", vae.decoder if decoder_only else vae, loss, learning_rate)
+    train(
+        [player],
+        batch_of,
+        prepare,
+        settings,
+        device=device,
+        checkpoints=checkpoints,
+        fingerprint=fingerprint,
+        log=log,
+        track=track,
+    )
     player.finish()
+    if decoder_only:
+        return vae.eval()
     with torch.no_grad():
         sample = _as_input(vae, to_model_range(clips.pixels[:64]).to(device))
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(64)])
