@@ -32,6 +32,7 @@ from vdmini_core.models.graph import (
     rebuild,
 )
 from vdmini_core.models.loading import class_name, load_component
+from vdmini_core.models.narrow import Kept, Widths, kept_weights, narrow, widths_of
 from vdmini_core.models.unet_rows import UNETS
 
 
@@ -209,6 +210,8 @@ class UNetDenoiser(Denoiser):
 
     def trimmed(self, model: Any, removed: set[str]) -> tuple[type[Any], dict[str, Any]]:
         """A stock class where its config can say what is left, otherwise the subclass that lists what is gone."""
+        if "widths" in self.model.config:
+            raise IllegalPlan("the network has lost channels already; remove its units first and its channels then")
         delete_units(UNetDenoiser(model), removed)
         config = self._teacher_config()
         if type(self.model) is self.row.stock and not isinstance(model.mid_block, NoMid):
@@ -237,6 +240,12 @@ class UNetDenoiser(Denoiser):
                 changed[key] = tuple(value)[self.stages - stages :] if from_the_end else tuple(value)[:stages]
         return {**config, **changed}
 
+    def narrowed(self, kept: Kept) -> "UNetDenoiser":
+        """A new network with its own copy of the weights, in which the named layers have these channels alone."""
+        config = config_of(self.model)
+        config["widths"] = {**config.get("widths", {}), **widths_of(kept)}
+        return UNetDenoiser(rebuild(STUDENTS[self.row.stock], config, kept_weights(self.model, kept)))
+
     def stock_form(self) -> Any:
         """The same function as a model of the stock class, or None where its config cannot say it.
 
@@ -245,6 +254,8 @@ class UNetDenoiser(Denoiser):
         """
         if type(self.model) is self.row.stock:
             return self.model
+        if "widths" in self.model.config:
+            return None
         config = self._teacher_config()
         if config.get("mid_block_scale_factor", 1) != 1:  # the mid block would divide what it passes on
             return None
@@ -328,17 +339,29 @@ def delete_units(denoiser: UNetDenoiser, removed: set[str]) -> None:
 
 
 def student_class(stock: type[Any], name: str) -> type[Any]:
-    """The stock class with one more argument: `removed_units`, the units that it is built without."""
+    """The stock class with two more arguments.
 
-    def __init__(self: Any, *args: Any, removed_units: Iterable[str] = (), **kwargs: Any) -> None:
+    `removed_units` are the units that it is built without, `widths` what of the rest is narrower (models/narrow.py).
+    """
+
+    def __init__(
+        self: Any, *args: Any, removed_units: Iterable[str] = (), widths: Widths | None = None, **kwargs: Any
+    ) -> None:
         stock.__init__(self, *args, **kwargs)
         self.register_to_config(removed_units=sorted(removed_units))
         delete_units(UNetDenoiser(self), set(removed_units))
+        if widths:
+            self.register_to_config(widths={path: list(sizes) for path, sizes in widths.items()})
+            narrow(self, widths)
 
-    own = inspect.Parameter("removed_units", inspect.Parameter.KEYWORD_ONLY, default=())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter(name, keyword, default=default) for name, default in (("removed_units", ()), ("widths", None))
+    ]
     signature = inspect.signature(stock.__init__)
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
-    body = {"__init__": __init__, "__doc__": f"{stock.__name__} without some of its units.", "__module__": __name__}
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
+    doc = f"{stock.__name__} without some of its units or channels."
+    body = {"__init__": __init__, "__doc__": doc, "__module__": __name__}
     return type(name, (stock,), body)
 
 
