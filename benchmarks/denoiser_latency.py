@@ -15,8 +15,8 @@ import torch
 import typer
 from torch import Tensor
 
-from flows.cli import explained
 from flows.recipes import find_recipe, recipes
+from flows.terminal import explained
 from tasks._stage import device_name, provenance, quieten
 from vdmini_core.artifacts import Latency, Provenance, Record, write_json
 from vdmini_core.evaluation.costs import elapsed_ms, measure_latencies, measure_units

@@ -1,11 +1,8 @@
 """The command line `vdmini`; Prefect, MLflow and torch are imported only by the command that needs them."""
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,7 +10,10 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-RUN, SERVICES, LOOK = "Run the recipe", "Services on this machine", "Look"
+from flows.cli_studies import studies
+from flows.terminal import RUN, explained, flow_explained, prepare_flow
+
+SERVICES, LOOK = "Services on this machine", "Look"
 
 app = typer.Typer(
     name="vdmini",
@@ -27,43 +27,6 @@ Run it in the project's root. Settings are in params.yaml (`vdmini settings` exp
 `vdmini run` brings every stage up to date and prints the comparison. `vdmini up` starts local
 servers on which you can watch runs (Prefect) and compare them (MLflow); it is not needed to run.""",
 )
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """What the user can mend, as one paragraph on stderr and exit code 2 instead of a traceback."""
-    try:
-        yield
-    except (ValueError, LookupError, OSError, MemoryError) as error:
-        typer.echo(f"vdmini: {error}", err=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def flow_explained() -> Iterator[None]:
-    """Exit code 1 where a stage of a flow fails and 130 after Ctrl-C; SIGTERM ends the flow in order."""
-    from flows.full import StageFailed
-
-    # Without a handler SIGTERM would skip the exit hook that ends Prefect's temporary server.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    except StageFailed as error:
-        typer.echo(f"vdmini: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("vdmini: stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-
-
-def prepare_flow(root: Path) -> None:
-    """Check params.yaml, and point Prefect and MLflow at this project's services, before Prefect is imported."""
-    from flows.services import environment
-    from vdmini_core.settings import load_params
-
-    load_params(root / "params.yaml")
-    for name, value in environment(root).items():
-        os.environ.setdefault(name, value)
 
 
 @app.command(rich_help_panel=RUN)
@@ -136,30 +99,7 @@ def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as
         run_stage(name)
 
 
-@app.command(rich_help_panel=RUN)
-def ablation(
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of every arm.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of every training; distill.loop.max_steps.")] = None,
-    clips: Annotated[int | None, typer.Option(min=2, help="To judge every student by; evaluate.clips.")] = None,
-) -> None:
-    """Compare the losses: train the pruned student with the task loss alone, +ICD, +MCA and both.
-
-    Needs the student of `vdmini run --target prune`. Table, plot and rows are in artifacts/ablation. Finished
-    rows are kept and an interrupted training goes on, so the same command may be given again. Exit codes:
-    0 done, 1 a training failed, 2 wrong settings, or inputs that are missing or out of date.
-    """
-    root = Path.cwd()
-    with explained():
-        prepare_flow(root)
-        from flows.ablation import FOLDER, check_inputs
-        from flows.ablation import ablation as flow
-
-        check_inputs(root)  # before Prefect starts
-    with flow_explained(), explained():
-        rows = flow(seeds, steps, clips)
-    typer.echo("\n".join(f"{name:24}{result}" for name, result in rows.items()))
-    typer.echo("\n" + (root / FOLDER / "table.md").read_text().rstrip())
-    typer.echo(f"\nplot: {root / FOLDER / 'ablation.png'}")
+app.add_typer(studies)
 
 
 @app.command(rich_help_panel=RUN)

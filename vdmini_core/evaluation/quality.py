@@ -15,6 +15,8 @@ from vdmini_core.models import Denoiser, Pipeline
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import SamplerSettings
 
+SMALLEST = 1e-6  # of what is divided by
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -59,6 +61,17 @@ def compare(generated: Judged, reference: Judged) -> Quality:
         content_distance=frechet_distance(generated.content.numpy(), reference.content.numpy()),
         motion_distance=frechet_distance(generated.motion.numpy(), reference.motion.numpy()),
     )
+
+
+def score(student: Quality, teacher: Quality) -> float:
+    """One number to choose weights by, higher is better: the mean of content and motion accuracy.
+
+    Where clips carry no labels, minus the mean of both Frechet distances, each as a multiple of the teacher's.
+    """
+    if student.content_accuracy is not None and student.motion_accuracy is not None:
+        return (student.content_accuracy + student.motion_accuracy) / 2
+    content = student.content_distance / max(teacher.content_distance, SMALLEST)
+    return -(content + student.motion_distance / max(teacher.motion_distance, SMALLEST)) / 2
 
 
 def quality_of(

@@ -42,7 +42,7 @@ CALIBRATION_CLIPS, CALIBRATION_BATCH = 32, 4
 INPUTS = 1  # index of the inputs in `Kept`; outputs and norms are 0
 
 
-class MissingExtra(ImportError):
+class MissingExtra(ValueError):
     """An optional dependency is not installed; the message says how to get it."""
 
 
