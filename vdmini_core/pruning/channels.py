@@ -11,10 +11,10 @@ least important ones. What Torch-Pruning 1.6.1 cannot do with a spatio-temporal 
   halved and one of 32 not pruned. Here whole normalisation groups go, and their number (`num_groups`) falls with them:
   what is left is normalised as before, but where skip concatenations are normalised their groups shift. As streams of
   different width meet in these, all keep the same share of groups.
-- `GEGLU` splits its projection in halves that go together: a ratio of the outputs is not that of the pairs. The
-  group is ranked from the layer behind, which has one input a pair.
-- Taylor importance sorts a layer's indices without the root's, so a `GEGLU`'s halves get each other's scores: the
-  group is put in order before it is scored.
+- `GEGLU` splits its projection in halves that go together: asked for a quarter of the outputs, the library takes nearly
+  half. The group is ranked from the layer behind, which has one input a pair.
+- `Downsample2D` and `Upsample2D` compare their input with a width that they noted: the forward pass fails after
+  pruning. models/narrow.py renews such notes.
 - Attention: heads keep equal sizes, each losing its own least important dimensions; none goes as a whole.
 
 The rest works as it is: 3D convolutions, the reshapes of frames into batch and back (no channel moves), time embedding
@@ -256,16 +256,12 @@ def _groups(graph: Any, model: nn.Module, score: Callable[[Any], Tensor]) -> Ite
             group = graph.get_pruning_group(smallest.dep.target.module, smallest.dep.handler, smallest.idxs)
         members, run, parts = [], 1, 1
         for item in group:
-            order = sorted(range(len(item.idxs)), key=item.idxs.__getitem__)
-            shared = [item.root_idxs[place] for place in order]
-            item.idxs.sort()
-            item.root_idxs[:] = shared
             module = item.dep.target.module
             if module not in paths or not isinstance(module, (*NORMS, nn.Linear, nn.Conv2d, nn.Conv3d)):
                 continue
             norm = isinstance(module, NORMS)
             side = 0 if norm or graph.is_out_channel_pruning_fn(item.dep.handler) else INPUTS
-            members.append(Member(paths[module], side, torch.tensor(item.idxs), torch.tensor(shared)))
+            members.append(Member(paths[module], side, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
             if isinstance(module, nn.GroupNorm):
                 run = len(group[0].idxs) // module.num_groups
             if module in heads and side != INPUTS:
