@@ -135,8 +135,21 @@ class Quality(Record):
     motion_distance: float
 
 
+class Estimate(Record):
+    """A mean over prompts with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class UnitScore(Record):
-    """What bypassing one unit or block does, and what the unit costs."""
+    """What bypassing one unit or block does, and what the unit costs.
+
+    `content` and `motion` are damages: how far the clips move from the intact teacher's own, made from the same
+    noise and conditions; 0 is none, higher means that the unit matters more. `criteria` are cheaper guesses at that
+    by name, also higher for what matters more. `quality` judges the set of clips instead.
+    """
 
     name: str
     kind: str
@@ -145,6 +158,9 @@ class UnitScore(Record):
     flops: int
     latency_ms: float
     quality: Quality
+    content: Estimate
+    motion: Estimate
+    criteria: dict[str, float]
 
 
 class SensitivityReport(Record):
