@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+
+from vdmini_core.models.removal import Piece, Rule
 
 Condition = dict[str, Tensor]
 """What a denoiser is told besides the noisy latents: named tensors with the clips in their first dimension."""
@@ -44,6 +47,7 @@ class Denoiser(ABC):
     """
 
     units: tuple[Unit, ...]
+    pieces: tuple[Piece, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -52,9 +56,10 @@ class Denoiser(ABC):
     def __call__(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """The network's own answer for latents [B, C, T, h, w] as it wants them scaled, at `time` [B]."""
 
+    @cached_property
     @abstractmethod
-    def check(self, names: Iterable[str]) -> None:
-        """Raise IllegalPlan unless the named units (or whole blocks) can be removed together."""
+    def rules(self) -> tuple[Rule, ...]:
+        """What a removal has to keep to; one that breaks none of them is legal."""
 
     @abstractmethod
     def identity_of(self, unit: Unit) -> Mapping[str, Callable[..., Any]]:
@@ -83,6 +88,13 @@ class Denoiser(ABC):
     @abstractmethod
     def as_video(self, feature: Tensor, latents: Tensor) -> Tensor:
         """A tapped feature as [B, C, T, h, w], for the latents it was computed from."""
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise IllegalPlan unless the named units (or whole blocks) can be removed together."""
+        removed = expand(names, self.units)
+        for rule in self.rules:
+            if not rule.holds(removed):
+                raise IllegalPlan(f"removing {', '.join(removed)} {rule.broken(removed)}")
 
     @property
     def blocks(self) -> tuple[str, ...]:
