@@ -163,10 +163,25 @@ class UnitScore(Record):
     criteria: dict[str, float]
 
 
+class Cost(Record):
+    """Of a network, or of a part of it; a latency that was not measured is None."""
+
+    parameters: int
+    flops: int
+    latency_ms: float | None
+
+
+class CostTable(Record):
+    """What the whole teacher costs, and each of its parts: units, and pieces that go with the last of some units."""
+
+    whole: Cost
+    parts: dict[str, Cost]
+
+
 class SensitivityReport(Record):
     """Bypass results of every block and pair, beside the intact teacher on the same seeds.
 
-    `teacher` judges the intact teacher on more clips, for the gates.
+    `teacher` judges the intact teacher on more clips, for the gates. `costs` is what a planner needs of them.
     """
 
     protocol: dict[str, Any]
@@ -176,11 +191,38 @@ class SensitivityReport(Record):
     floor: Quality
     scores: tuple[UnitScore, ...]
     teacher_gates: dict[str, bool]
+    costs: CostTable
     provenance: Provenance
 
 
+class Predicted(Record):
+    """What a removal costs, as shares of the teacher's, and damages: costs and damages of the units added up.
+
+    Latency is None where it was not measured, damages where no unit was scored; `damage` is their weighted sum.
+    """
+
+    parameters: float
+    flops: float
+    latency: float | None
+    content: float | None = None
+    motion: float | None = None
+    damage: float | None = None
+
+
+class Alternative(Record):
+    """A removal that was not chosen, and what it would do."""
+
+    removed: tuple[str, ...]
+    predicted: Predicted
+
+
 class Plan(Record):
-    """Which units go and which stay, and what that saves."""
+    """Which units go and which stay, and what that saves.
+
+    Parameters and FLOPs are those of teacher and student, counted; `predicted` and the rest are from the report.
+    `budget` and `ratio` are what was asked for; `front` has the least damage at other budgets of the kind, the
+    smallest first, and `named` what other methods would remove.
+    """
 
     method: str
     removed: tuple[str, ...]
@@ -189,6 +231,11 @@ class Plan(Record):
     student_parameters: int
     teacher_flops: int
     student_flops: int
+    budget: str = "parameters"
+    ratio: float | None = None
+    predicted: Predicted | None = None
+    front: tuple[Alternative, ...] = ()
+    named: dict[str, Alternative] = {}
     report_digest: str
     teacher_digest: str
     provenance: Provenance
