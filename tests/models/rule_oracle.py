@@ -1,10 +1,14 @@
 """Whether a removal of U-Net pairs is the same as its bypass, found by running both with names instead of tensors.
 
-Knows nothing of the rules: it pushes and pops skip connections as a U-Net does.
+That knows nothing of the rules: it pushes and pops skip connections as a U-Net does. Beside it, what rules allow.
 """
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from vdmini_core.models.removal import Rule
 from vdmini_core.models.unet_rules import Pair, Stage
 
 START = "conv_in"
@@ -83,3 +87,24 @@ def is_removable(stages: Sequence[Stage], removed: Collection[str]) -> bool:
         for name, (hidden, skip) in student.items()
     )
     return fits and student == inputs_of_kept(stages, removed, bypassed=True)
+
+
+def legal_rows(units: Sequence[str], rules: Sequence[Rule]) -> NDArray[np.int8]:
+    """Every removal that keeps to the rules, by trying all 2 ** units: a row each, 1 for a unit that is kept."""
+    weights = [(rule, np.array([rule.terms.get(unit, 0) for unit in units], dtype=np.int8)) for rule in rules]
+    found, low = [], min(len(units), 16)
+    inner = (np.arange(2**low)[:, None] >> np.arange(low) & 1).astype(np.int8)
+    for high in range(2 ** (len(units) - low)):
+        outer = np.array([high >> place & 1 for place in range(len(units) - low)], dtype=np.int8)
+        rows = np.hstack([inner, np.broadcast_to(outer, (len(inner), len(outer)))])
+        for rule, weight in weights:
+            sums = rows @ weight
+            rows = rows[(rule.low <= sums) & (sums <= rule.high)]
+        found.append(rows)
+    return np.vstack(found)
+
+
+def legal_sets(units: Sequence[str], rules: Sequence[Rule]) -> set[frozenset[str]]:
+    """The same as sets of removed units."""
+    rows = legal_rows(units, rules)
+    return {frozenset(unit for unit, stays in zip(units, row, strict=True) if not stays) for row in rows}

@@ -4,29 +4,18 @@ import copy
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.rule_oracle import is_removable, names_of, stages_of
+from tests.models.rule_oracle import is_removable, legal_sets, names_of, stages_of
 from tests.models.tiny_transformers import new_transformer
 from tests.tiny import EMBEDDING, EVEN, FRAMES, GROWING, new_inputs, new_unet, output_of
 from vdmini_core.models import IllegalPlan, UNetDenoiser
-from vdmini_core.models.removal import Rule
 from vdmini_core.models.unet import delete_units
 from vdmini_core.models.unet_rules import unet_rules
-
-
-def legal_sets(units: Sequence[str], rules: Sequence[Rule]) -> set[frozenset[str]]:
-    """Every removal that keeps to the rules, by trying all of them."""
-    kept = np.array(list(itertools.product((0, 1), repeat=len(units))), dtype=np.int8)
-    for rule in rules:
-        sums = kept @ np.array([rule.terms.get(unit, 0) for unit in units], dtype=np.int8)
-        kept = kept[(rule.low <= sums) & (sums <= rule.high)]
-    return {frozenset(unit for unit, stays in zip(units, row, strict=True) if not stays) for row in kept}
 
 
 def all_sets(units: Sequence[str]) -> list[set[str]]:

@@ -14,11 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from vdmini_core.artifacts import Cost, CostTable, Latency
 from vdmini_core.models import Condition, Denoiser, Unit
 from vdmini_core.models.removal import Piece
+from vdmini_core.models.shared_start import Cut
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the whole network, per unit name, and per piece that goes with the last of some units."""
+    """Of the whole network, of each unit, of each piece that goes with the last of some units, by their names.
+
+    `module_flops` are per path of a module, those without any left out.
+    """
 
     parameters: int
     flops: int
@@ -26,6 +30,7 @@ class Costs:
     unit_flops: dict[str, int]
     piece_parameters: dict[str, int]
     piece_flops: dict[str, int]
+    module_flops: dict[str, int]
 
     def table(self, latencies: "PartLatencies | None" = None) -> CostTable:
         """The same as a record, with what was measured of latency."""
@@ -72,7 +77,19 @@ def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Co
         unit_flops=flops_of(denoiser.units),
         piece_parameters=_parameters(denoiser, denoiser.pieces),
         piece_flops=flops_of(denoiser.pieces),
+        module_flops={name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)},
     )
+
+
+def flops_without(denoiser: Denoiser, costs: Costs, cut: Cut) -> tuple[int, int]:
+    """FLOPs of a call with the cut's units bypassed: in full, and where it starts after the cut's prefix."""
+    of = costs.module_flops
+    chosen = [unit for unit in denoiser.units if {unit.name, unit.block} & set(cut.names)]
+    silent = sum(of.get(path, 0) for path in denoiser.silent_modules(cut.names))
+    # What stands in is as large as the shortcut in whose place it answers.
+    still = sum(of.get(path, 0) for unit in chosen for path in denoiser.running_in_bypass(unit))
+    full = costs.flops - silent + still
+    return full, full - sum(of.get(path, 0) for path in cut.prefix)
 
 
 def unit_parameters(denoiser: Denoiser) -> dict[str, int]:
