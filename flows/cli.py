@@ -2,15 +2,13 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from flows.cli_studies import studies
+from flows.plan_command import plan
 from flows.terminal import RUN, explained, flow_explained, prepare_flow
 
 SERVICES, LOOK = "Services on this machine", "Look"
@@ -261,6 +259,9 @@ def units(
     typer.echo(json.dumps([unit.model_dump() for unit in found], indent=1) if as_json else unit_table(found))
 
 
+app.command(rich_help_panel=LOOK)(explained()(plan))
+
+
 @app.command(rich_help_panel=LOOK)
 def report(
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
@@ -280,6 +281,7 @@ def report(
 @app.command(rich_help_panel=LOOK)
 def settings() -> None:
     """List every key of params.yaml: its type and limits, its default, what it means."""
+    from flows.setting_list import setting_rows
     from vdmini_core.settings import Params
 
     rows = list(setting_rows(Params, ""))
@@ -291,47 +293,6 @@ def settings() -> None:
         *cells, meaning = row
         columns = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
         typer.echo("  ".join(["", *columns, meaning]).rstrip())
-
-
-def setting_rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
-    """Key, type, default and meaning of each setting; a one-element row opens a section."""
-    sections = list[tuple[str, type[BaseModel]]]()
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{field.alias or name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            sections.append((key, field.annotation))
-        else:
-            yield key, type_text(field), default_text(field), field.description or ""
-    for key, section in sections:
-        yield (f"{key}: {' '.join((section.__doc__ or '').split())}",)
-        yield from setting_rows(section, f"{key}.")
-
-
-def type_text(field: FieldInfo) -> str:
-    """A setting's type as a reader writes it, with its limits: `float, >= 0, < 1`."""
-    annotation: Any = field.annotation
-    if get_origin(annotation) is Literal:
-        text = " | ".join(str(choice) for choice in get_args(annotation))
-    elif isinstance(annotation, type) and not get_args(annotation):
-        text = annotation.__name__
-    else:
-        text = str(annotation)
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
-    limits = [
-        f"{sign} {getattr(rule, word)}"
-        for rule in field.metadata
-        for word, sign in signs.items()
-        if hasattr(rule, word)
-    ]
-    return ", ".join([text, *limits])
-
-
-def default_text(field: FieldInfo) -> str:
-    """The default as YAML writes it, or `required`."""
-    if field.is_required():
-        return "required"
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
-    return json.dumps(value) if value is not None else "null"
 
 
 if __name__ == "__main__":

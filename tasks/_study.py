@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-import vdmini_core
-from tasks._inputs import evaluator, protocol, teacher_pipeline, test_clips, train_clips
+from tasks._inputs import code_digest, evaluator, protocol, teacher_pipeline, test_clips, train_clips
 from tasks._stage import ARTIFACTS, SCRATCH, Context, end_on_sigterm, provenance, quieten, resources_explained
 from tasks._tracking import Tracker, open_tracker
 from tasks.distill import Pruned, fingerprint_of, inputs_of, pruned_student, recover
-from vdmini_core.artifacts import Provenance, folder_digest, json_digest, read_json, write_json
+from vdmini_core.artifacts import Provenance, json_digest, read_json, write_json
 from vdmini_core.evaluation.quality import quality_of
 from vdmini_core.evaluation.study import STAGE, UNITS, Arm, Part, Study, StudyRow, rank, study_metrics, study_report
 from vdmini_core.evaluation.study_pages import plot_study, ranking_table, study_table
@@ -118,7 +117,7 @@ def pruned_of(context: Context, arm: Arm, seed: int | None, study: Study) -> Pru
     folder = student_folder(study, arm, used)
     drawn = used if arm.method in SEEDED else 0
     how = {"method": arm.method, "removed": list(arm.removed), "seed": drawn}
-    code = folder_digest(Path(vdmini_core.__path__[0]) / "pruning", "**/*.py")
+    code = code_digest(("pruning",))
     made_from = inputs_of(context, whole(context)) | {"pruning": code, "method": json_digest(how)}
     fingerprint = json_digest(made_from)
     facts_path = folder / "student.json"

@@ -126,14 +126,15 @@ def removals_of_size(denoiser: Denoiser, parameters: int) -> list[Removal]:
 
 
 def legal_removals(denoiser: UNetDenoiser) -> list[Removal]:
-    """All of them, () included: what is legal in every stage by itself, and whole inner stages."""
+    """All of them, () included: whole inner stages, of the next one what is legal then, of others what is by itself."""
     units, depths = denoiser.units, sorted({unit.depth for unit in denoiser.units})
     of_stage = [[unit.name for unit in units if unit.depth == depth] for depth in depths]
-    legal = [[names for names in _subsets(names) if _is_legal(denoiser, names)] for names in of_stage]
+    legal = [[names for names in _subsets(stage) if _is_legal(denoiser, names)] for stage in of_stage]
     found: dict[Removal, None] = {}
     for stages in range(len(depths), 0, -1):  # those that are left
         inner = [unit.name for unit in units if unit.depth >= stages]
-        for choice in itertools.product(*legal[:stages]):
+        innermost = [names for names in _subsets(of_stage[stages - 1]) if _is_legal(denoiser, {*inner, *names})]
+        for choice in itertools.product(*legal[: stages - 1], innermost):
             removed = {*inner, *itertools.chain(*choice)}
             removal = tuple(unit.name for unit in units if unit.name in removed)
             if removal not in found and _is_legal(denoiser, removal):
@@ -144,24 +145,19 @@ def legal_removals(denoiser: UNetDenoiser) -> list[Removal]:
 def removal_sizes(denoiser: Denoiser, removals: Iterable[Removal]) -> dict[Removal, int]:
     """Parameters that each removal leaves: without the units, and without the samplers of stages that go whole."""
     twin, of_units, whole = denoiser.on_meta(), unit_parameters(denoiser), parameters_of(denoiser)
-    samplers: dict[int, int] = {}
-
-    def of_samplers(depth: int) -> int:
-        """Parameters besides the units that go with everything from this depth on."""
-        if depth not in samplers:
-            inner = [unit.name for unit in denoiser.units if unit.depth >= depth]
-            units_alone = whole - sum(of_units[name] for name in inner)
-            samplers[depth] = units_alone - parameters_of(twin.without(inner, shared=True))
-        return samplers[depth]
-
     depth_of = {unit.name: unit.depth for unit in denoiser.units}
     there = Counter(depth_of.values())
+    samplers: dict[int, int] = {}  # by the first depth that goes whole: what goes besides units, counted once
     sizes = {}
     for removal in removals:
         gone = Counter(depth_of[name] for name in removal)
         outside = max(depth for depth in there if gone[depth] < there[depth]) + 1
         size = whole - sum(of_units[name] for name in removal)
-        sizes[removal] = size - (of_samplers(outside) if outside in there else 0)
+        if outside in there:
+            if outside not in samplers:
+                samplers[outside] = size - parameters_of(twin.without(removal, shared=True))
+            size -= samplers[outside]
+        sizes[removal] = size
     return sizes
 
 
