@@ -15,8 +15,8 @@ import torch
 import typer
 from torch import Tensor
 
-from flows.cli import explained
 from flows.recipes import find_recipe, recipes
+from flows.terminal import explained
 from tasks._stage import device_name, provenance, quieten
 from vdmini_core.artifacts import Latency, Provenance, Record, write_json
 from vdmini_core.evaluation.costs import elapsed_ms, measure_latencies, measure_units
@@ -25,7 +25,7 @@ from vdmini_core.models.published import Blueprint, blueprint
 from vdmini_core.models.untrained import random_inputs, untrained
 from vdmini_core.models.vae_facts import LatentShape
 from vdmini_core.pruning.dry_run import PlannedUnits, count_on_meta
-from vdmini_core.pruning.planning import METHODS
+from vdmini_core.pruning.planning import Evidence, choose
 from vdmini_core.settings import PlanSettings, height_and_width, load_params
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -139,9 +139,10 @@ def benchmark(
 ) -> DenoiserLatency:
     """Build teacher and student with random weights, time them, and compare that with their FLOPs."""
     blank = subject.found.build()
-    removed = METHODS[subject.plan.method](blank, subject.plan)
     say(f"counting the FLOPs of latents {' x '.join(map(str, subject.latents))}")
-    costs = [count_on_meta(denoiser, subject.latents, subject.source) for denoiser in (blank, blank.without(removed))]
+    whole = count_on_meta(blank, subject.latents, subject.source)
+    removed = choose(blank, subject.plan, Evidence(whole.table()))
+    costs = [whole, count_on_meta(blank.without(removed), subject.latents, subject.source)]
     flops = {name: cost.flops for name, cost in zip(SIDES, costs, strict=True)}
 
     say(f"drawing {costs[0].parameters:,} weights in {dtype}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.denoiser_latency import Subject, latency_text, subject_of
 from benchmarks.plain_distillation import PlainLoop
-from flows.cli import explained
+from flows.terminal import explained
 from tasks._stage import device_name, provenance, quieten
 from vdmini_core.artifacts import Latency, LatentManifest, Provenance, Record, write_json
 from vdmini_core.data.latents import CONDITION, LatentCache, condition_of, write_shard

@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from flows.errors import explained
+from flows.terminal import explained
 from tasks._stage import provenance
 from vdmini_core.artifacts import Provenance, Record, file_digest, write_json
 from vdmini_core.data.video import read_clip, write_video

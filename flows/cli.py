@@ -1,23 +1,18 @@
 """The command line `vdmini`; Prefect, MLflow and torch are imported only by the command that needs them."""
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from flows import measure
-from flows.errors import explained
+from flows.cli_studies import studies
+from flows.plan_command import plan
+from flows.terminal import RUN, explained, flow_explained, prepare_flow
 
-RUN, SERVICES, LOOK = "Run the recipe", "Services on this machine", "Look"
-MEASURE = "Measure what is there"
+SERVICES, LOOK, MEASURE = "Services on this machine", "Look", "Measure what is there"
 
 app = typer.Typer(
     name="vdmini",
@@ -31,33 +26,6 @@ Run it in the project's root. Settings are in params.yaml (`vdmini settings` exp
 `vdmini run` brings every stage up to date and prints the comparison. `vdmini up` starts local
 servers on which you can watch runs (Prefect) and compare them (MLflow); it is not needed to run.""",
 )
-
-
-@contextmanager
-def flow_explained() -> Iterator[None]:
-    """Exit code 1 where a stage of a flow fails and 130 after Ctrl-C; SIGTERM ends the flow in order."""
-    from flows.full import StageFailed
-
-    # Without a handler SIGTERM would skip the exit hook that ends Prefect's temporary server.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    except StageFailed as error:
-        typer.echo(f"vdmini: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("vdmini: stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-
-
-def prepare_flow(root: Path) -> None:
-    """Check params.yaml, and point Prefect and MLflow at this project's services, before Prefect is imported."""
-    from flows.services import environment
-    from vdmini_core.settings import load_params
-
-    load_params(root / "params.yaml")
-    for name, value in environment(root).items():
-        os.environ.setdefault(name, value)
 
 
 @app.command(rich_help_panel=RUN)
@@ -130,30 +98,7 @@ def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as
         run_stage(name)
 
 
-@app.command(rich_help_panel=RUN)
-def ablation(
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of every arm.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of every training; distill.loop.max_steps.")] = None,
-    clips: Annotated[int | None, typer.Option(min=2, help="To judge every student by; evaluate.clips.")] = None,
-) -> None:
-    """Compare the losses: train the pruned student with the task loss alone, +ICD, +MCA and both.
-
-    Needs the student of `vdmini run --target prune`. Table, plot and rows are in artifacts/ablation. Finished
-    rows are kept and an interrupted training goes on, so the same command may be given again. Exit codes:
-    0 done, 1 a training failed, 2 wrong settings, or inputs that are missing or out of date.
-    """
-    root = Path.cwd()
-    with explained():
-        prepare_flow(root)
-        from flows.ablation import FOLDER, check_inputs
-        from flows.ablation import ablation as flow
-
-        check_inputs(root)  # before Prefect starts
-    with flow_explained(), explained():
-        rows = flow(seeds, steps, clips)
-    typer.echo("\n".join(f"{name:24}{result}" for name, result in rows.items()))
-    typer.echo("\n" + (root / FOLDER / "table.md").read_text().rstrip())
-    typer.echo(f"\nplot: {root / FOLDER / 'ablation.png'}")
+app.add_typer(studies)
 
 
 @app.command(rich_help_panel=RUN)
@@ -315,6 +260,9 @@ def units(
     typer.echo(json.dumps([unit.model_dump() for unit in found], indent=1) if as_json else unit_table(found))
 
 
+app.command(rich_help_panel=LOOK)(explained()(plan))
+
+
 @app.command(rich_help_panel=LOOK)
 def report(
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
@@ -334,6 +282,7 @@ def report(
 @app.command(rich_help_panel=LOOK)
 def settings() -> None:
     """List every key of params.yaml: its type and limits, its default, what it means."""
+    from flows.setting_list import setting_rows
     from vdmini_core.settings import Params
 
     rows = list(setting_rows(Params, ""))
@@ -351,47 +300,6 @@ for command in (measure.frechet, measure.fvd, measure.ucf101, measure.compare):
     app.command(rich_help_panel=MEASURE)(command)
 app.command("is", rich_help_panel=MEASURE)(measure.inception)
 app.add_typer(measure.vbench, name="vbench", rich_help_panel=MEASURE)
-
-
-def setting_rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
-    """Key, type, default and meaning of each setting; a one-element row opens a section."""
-    sections = list[tuple[str, type[BaseModel]]]()
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{field.alias or name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            sections.append((key, field.annotation))
-        else:
-            yield key, type_text(field), default_text(field), field.description or ""
-    for key, section in sections:
-        yield (f"{key}: {' '.join((section.__doc__ or '').split())}",)
-        yield from setting_rows(section, f"{key}.")
-
-
-def type_text(field: FieldInfo) -> str:
-    """A setting's type as a reader writes it, with its limits: `float, >= 0, < 1`."""
-    annotation: Any = field.annotation
-    if get_origin(annotation) is Literal:
-        text = " | ".join(str(choice) for choice in get_args(annotation))
-    elif isinstance(annotation, type) and not get_args(annotation):
-        text = annotation.__name__
-    else:
-        text = str(annotation)
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
-    limits = [
-        f"{sign} {getattr(rule, word)}"
-        for rule in field.metadata
-        for word, sign in signs.items()
-        if hasattr(rule, word)
-    ]
-    return ", ".join([text, *limits])
-
-
-def default_text(field: FieldInfo) -> str:
-    """The default as YAML writes it, or `required`."""
-    if field.is_required():
-        return "required"
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
-    return json.dumps(value) if value is not None else "null"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.errors import explained
+from flows.terminal import explained
 
 vbench = typer.Typer(help="VBench: generate its videos, run the official evaluation, and aggregate its scores.")
 

@@ -1,12 +1,11 @@
 """Stage distill: recover the pruned student with the ICMD loss; resumes from its own checkpoints."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import vdmini_core
-from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
+from tasks._inputs import code_digest, teacher_manifest, teacher_pipeline, train_clips
 from tasks._stage import SCRATCH, Context, device_name
 from tasks._validation import open_validation
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
@@ -38,6 +37,15 @@ CODE = ("data", "diffusion", "distillation", "evaluation", "models", "training")
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """A pruned student on disk, and how it follows from the teacher: as `pruning.baselines.Student` has it."""
+
+    folder: Path
+    removed: tuple[str, ...]
+    channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recovered:
     """A student after its training, and what was seen of it."""
 
@@ -47,8 +55,9 @@ class Recovered:
 
 
 def run(context: Context) -> None:
-    inputs = inputs_of(context)
-    found = recover(context, inputs, SCRATCH / "checkpoints")
+    pruned = pruned_student(context)
+    inputs = inputs_of(context, pruned)
+    found = recover(context, pruned, inputs, SCRATCH / "checkpoints")
     if not context.main:
         return
     settings = context.params.distill
@@ -61,15 +70,19 @@ def run(context: Context) -> None:
         write_json(context.folder / "validation.json", report)
 
 
-def inputs_of(context: Context) -> dict[str, str]:
+def pruned_student(context: Context) -> Pruned:
+    """The student of stage prune."""
+    plan = read_json(context.input("plan") / "plan.json", Plan)
+    return Pruned(context.input("prune") / "denoiser", plan.removed)
+
+
+def inputs_of(context: Context, pruned: Pruned) -> dict[str, str]:
     """Digests of what a training reads, its code and the teacher's noise algebra among it."""
-    library = Path(vdmini_core.__path__[0])
-    code = {name: folder_digest(library / name, "**/*.py") for name in CODE}
     return {
-        "code": json_digest(code),
+        "code": code_digest(CODE),
         "process": json_digest(teacher_pipeline(context).process.facts()),
         "teacher": teacher_manifest(context).digest,
-        "pruned": folder_digest(context.input("prune") / "denoiser"),
+        "pruned": folder_digest(pruned.folder),
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
 
@@ -82,10 +95,9 @@ def fingerprint_of(settings: DistillSettings, inputs: dict[str, str]) -> str:
     return json_digest({"settings": kept, **inputs})
 
 
-def recover(context: Context, inputs: dict[str, str], root: Path) -> Recovered:
-    """Train the pruned student; checkpoints lie in a folder of `root` that is this training's own."""
+def recover(context: Context, pruned: Pruned, inputs: dict[str, str], root: Path) -> Recovered:
+    """Train a pruned student; checkpoints lie in a folder of `root` that is this training's own."""
     settings = context.params.distill
-    plan = read_json(context.input("plan") / "plan.json", Plan)
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
     fingerprint = fingerprint_of(settings, inputs)
     checkpoints = root / fingerprint[:16]
@@ -97,7 +109,7 @@ def recover(context: Context, inputs: dict[str, str], root: Path) -> Recovered:
 
     data = train_clips(context)
     if settings.memory_check:
-        check_memory(context, plan, data)
+        check_memory(context, pruned, data)
     pipeline = teacher_pipeline(context, *(("vae",) if settings.validation.every else ()))
 
     def load_teacher() -> Denoiser:
@@ -110,16 +122,17 @@ def recover(context: Context, inputs: dict[str, str], root: Path) -> Recovered:
         answers = TeacherAnswers(SCRATCH / "answers", data, pipeline.process, settings, of_answers)
         answers.fill(load_teacher, context.device, context.track, context.should_stop)
     teacher = load_teacher() if teacher_needed(settings) else None
-    student = load_denoiser(context.input("prune") / "denoiser", context.device)
+    student = load_denoiser(pruned.folder, context.device)
     distill(
         teacher,
         student,
-        teacher.surviving(plan.removed) if teacher else {},
+        teacher.surviving(pruned.removed) if teacher else {},
         pipeline.process,
         data,
         settings,
         context.device,
         answers=answers,
+        channels=pruned.channels,
         checkpoints=checkpoints,
         fingerprint=fingerprint,
         log=log,
@@ -130,11 +143,11 @@ def recover(context: Context, inputs: dict[str, str], root: Path) -> Recovered:
     return Recovered(student, history, validation)
 
 
-def check_memory(context: Context, plan: Plan, data: LatentCache) -> None:
-    """DoesNotFit where the training cannot fit; what cannot be estimated is tried."""
+def check_memory(context: Context, pruned: Pruned, data: LatentCache) -> None:
+    """DoesNotFit where the training cannot fit; what cannot be estimated is tried. Lost channels count as there."""
     manifest, settings = teacher_manifest(context), context.params.distill
     try:
-        parts = needed_memory(resolve_source(manifest.source, manifest.revision), plan.removed, data, settings)
+        parts = needed_memory(resolve_source(manifest.source, manifest.revision), pruned.removed, data, settings)
     except (RuntimeError, NotImplementedError) as error:
         logger.warning("how much memory distillation needs is not known: %s", str(error).strip().splitlines()[0])
         return

@@ -65,7 +65,7 @@ def test_the_schema_names_every_section_of_the_file() -> None:
         (MINIMAL + "data: {size: 0}\n", "data.size: Input should be greater than 0, got 0"),
         (
             MINIMAL + "plan: {method: magic}\n",
-            "plan.method: Input should be 'paper', 'uniform' or 'manual', got 'magic'",
+            "plan.method: Input should be 'paper', 'optimal', 'uniform', 'random' or 'manual', got 'magic'",
         ),
         (
             "distill: {task: magic, loop: {max_steps: 1, batch_size: 1}}\n",

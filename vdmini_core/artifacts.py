@@ -135,8 +135,23 @@ class Quality(Record):
     motion_distance: float
 
 
+class Estimate(Record):
+    """A mean over prompts with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class UnitScore(Record):
-    """What bypassing one unit or block does, and what the unit costs."""
+    """What bypassing one unit or block does, and what the unit costs.
+
+    `content` and `motion` are damages: how far the clips move from the intact teacher's own, made from the same
+    noise and conditions; 0 is none, higher means that the unit matters more. `criteria` are cheaper guesses at that
+    by name, also higher for what matters more. `quality` judges the set of clips instead; a unit that was decided
+    early has fewer of them. `paired` are further measures of the same pairs of clips. `replaced` are the units that a
+    fitted linear map stood in for, because without them the width would not fit.
+    """
 
     name: str
     kind: str
@@ -145,12 +160,36 @@ class UnitScore(Record):
     flops: int
     latency_ms: float
     quality: Quality
+    content: Estimate
+    motion: Estimate
+    criteria: dict[str, float]
+    paired: dict[str, Estimate] = {}
+    replaced: tuple[str, ...] = ()
+
+
+class Cost(Record):
+    """Of a network, or of a part of it; a latency that was not measured is None."""
+
+    parameters: int
+    flops: int
+    latency_ms: float | None
+
+
+class CostTable(Record):
+    """What the whole teacher costs, and each of its parts: units, and pieces that go with the last of some units."""
+
+    whole: Cost
+    parts: dict[str, Cost]
 
 
 class SensitivityReport(Record):
     """Bypass results of every block and pair, beside the intact teacher on the same seeds.
 
-    `teacher` judges the intact teacher on more clips, for the gates.
+    `teacher` judges the intact teacher on more clips, for the gates; `baselines` on fewer, one for every number of
+    clips after which a unit was decided. `controls` are damages of what is no unit, `correlations` Spearman's, of
+    the criteria and of depth with the measured damage. FLOPs are the denoiser's in one uninterrupted sweep: spent,
+    and as they would be without sharing the first step and with all clips for every unit (`naive`); what the criteria
+    and the fits cost is extra. `costs` is what a planner needs to know of the teacher's parts.
     """
 
     protocol: dict[str, Any]
@@ -160,11 +199,44 @@ class SensitivityReport(Record):
     floor: Quality
     scores: tuple[UnitScore, ...]
     teacher_gates: dict[str, bool]
+    costs: CostTable
+    baselines: tuple[Quality, ...] = ()
+    controls: dict[str, dict[str, Estimate]] = {}
+    correlations: dict[str, dict[str, float]] = {}
+    forward_flops: int = 0
+    naive_forward_flops: int = 0
+    criteria_flops: int = 0
     provenance: Provenance
 
 
+class Predicted(Record):
+    """What a removal costs, as shares of the teacher's, and damages: costs and damages of the units added up.
+
+    Latency is None where it was not measured, damages where no unit was scored; `damage` is their weighted sum.
+    """
+
+    parameters: float
+    flops: float
+    latency: float | None
+    content: float | None = None
+    motion: float | None = None
+    damage: float | None = None
+
+
+class Alternative(Record):
+    """A removal that was not chosen, and what it would do."""
+
+    removed: tuple[str, ...]
+    predicted: Predicted
+
+
 class Plan(Record):
-    """Which units go and which stay, and what that saves."""
+    """Which units go and which stay, and what that saves.
+
+    Parameters and FLOPs are those of teacher and student, counted; `predicted` and the rest are from the report.
+    `budget` and `ratio` are what was asked for; `front` has the least damage at other budgets of the kind, the
+    smallest first, and `named` what other methods would remove.
+    """
 
     method: str
     removed: tuple[str, ...]
@@ -173,6 +245,11 @@ class Plan(Record):
     student_parameters: int
     teacher_flops: int
     student_flops: int
+    budget: str = "parameters"
+    ratio: float | None = None
+    predicted: Predicted | None = None
+    front: tuple[Alternative, ...] = ()
+    named: dict[str, Alternative] = {}
     report_digest: str
     teacher_digest: str
     provenance: Provenance

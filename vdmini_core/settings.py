@@ -111,19 +111,47 @@ class SamplerSettings(Settings):
 
 
 class SensitivitySettings(SamplerSettings):
-    """Bypass every block and every R-A pair, one at a time."""
+    """Bypass every block and every R-A pair, one at a time, on training clips, which nothing is evaluated on."""
 
-    clips: int = Field(24, gt=1)
+    clips: int = Field(24, gt=1, description="for a unit that is not decided earlier")
+    batch_size: int = Field(4, gt=0, description="clips at a time; after each it is asked which units are decided")
+    stop_early: bool = Field(
+        True, description="no further clips for units that are surely harmless, in the lower half, or known in rank"
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals, which end a unit's measurement too")
+    share_start: bool = Field(
+        True, description="take what comes before a unit in the first step from the intact network; needs memory for it"
+    )
     gate_clips: int = Field(64, gt=1, description="clips on which the intact teacher is judged fit, or all there are")
+    calibration_clips: int = Field(8, gt=0, description="for the criteria, and for the linear maps that replace units")
     latency_runs: int = Field(7, gt=0)
 
 
 class PlanSettings(Settings):
-    """Which units to remove: the paper's U-Net layout, a transformer's blocks evenly, or exactly `remove`."""
+    """Which units to remove; `ratio` is the budget of methods optimal, random and uniform."""
 
-    method: Literal["paper", "uniform", "manual"] = "paper"
-    fraction: float = Field(0.2, gt=0, lt=1, description="uniform: share of the blocks to remove")
+    method: Literal["paper", "optimal", "uniform", "random", "manual"] = Field(
+        "paper",
+        description="paper: its U-Net layout; optimal: the least measured damage within the budget; "
+        "uniform: evenly over depth; random: optimal for damages drawn at random; manual: exactly `remove`",
+    )
+    budget: Literal["parameters", "flops", "latency"] = Field("parameters", description="what `ratio` is of")
+    ratio: float | None = Field(None, gt=0, le=1, description="of the teacher's, at most; None: no budget")
+    content_weight: float = Field(1.0, ge=0, description="of damage to content in what optimal makes least")
+    motion_weight: float = Field(1.0, ge=0, description="of damage to motion")
+    protect: tuple[str, ...] = Field((), description="units or blocks that stay, whatever the method")
+    seed: int = Field(0, description="random")
+    candidates: int = Field(4, gt=0, description="with ratio: the best plans that are listed for `vdmini probe`")
+    fraction: float = Field(0.2, gt=0, lt=1, description="uniform without ratio: share of a transformer's blocks to go")
     remove: tuple[str, ...] = Field((), description="manual: unit or block names, such as D.0.1")
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        if self.method in ("optimal", "random") and self.ratio is None:
+            raise _contradiction(f"method {self.method} needs a budget; set ratio, such as 0.6")
+        if self.content_weight == self.motion_weight == 0:
+            raise _contradiction("content_weight and motion_weight are both 0; then no plan is better than another")
+        return self
 
 
 class PruneSettings(Settings):

@@ -16,6 +16,7 @@ from vdmini_core.distillation.heads import Discriminator
 from vdmini_core.distillation.icmd import ICMD, distill
 from vdmini_core.distillation.taps import encoder_features, tapped
 from vdmini_core.models import Condition, Denoiser, UNetDenoiser
+from vdmini_core.models.narrow import all_channels
 from vdmini_core.settings import DiscriminatorSettings, DistillSettings, LoopSettings
 from vdmini_core.training.distributed import State
 
@@ -242,3 +243,55 @@ def test_checkpointing_and_compiling_change_no_number(data: LatentCache, monkeyp
         assert not any(getattr(module, "gradient_checkpointing", False) for module in modules)
     assert curves["checkpointing"] == curves["compile"] == curves[""]
     assert len(compiled) == sum(len(unit.modules) for unit in (*teacher.units, *student.units))
+
+
+def without_half_of_the_last_stream(teacher: UNetDenoiser, left: list[int]) -> UNetDenoiser:
+    """The network in which the channels that U.3.2 answers are halved, and all that reads or writes them."""
+    resnet, attention = "up_blocks.3.resnets.2", "up_blocks.3.attentions.2"
+    outputs = (f"{resnet}.spatial_res_block.conv2", f"{resnet}.spatial_res_block.conv_shortcut")
+    outputs += (f"{resnet}.temporal_res_block.conv2", f"{attention}.proj_out")
+    inputs = (f"{resnet}.temporal_res_block.conv1", f"{attention}.proj_in", "conv_out")
+    norms = (f"{resnet}.temporal_res_block.norm1", f"{attention}.norm", "conv_norm_out")
+    stay = torch.tensor(left)
+    whole = {path: all_channels(teacher.model.get_submodule(path)) for path in (*outputs, *inputs)}
+    kept = {path: (stay, whole[path][1]) for path in outputs} | {path: (whole[path][0], stay) for path in inputs}
+    return teacher.narrowed(kept | {path: (stay,) for path in norms})
+
+
+def test_a_feature_that_lost_channels_is_compared_with_the_teachers_same_ones(data: LatentCache) -> None:
+    teacher, left = new_unet(), list(range(0, 32, 2))
+    student, matches = without_half_of_the_last_stream(teacher, left), {"D.2.1": "D.2.1", "U.3.2": "U.3.2"}
+    settings, device = SETTINGS.model_copy(update={"mca_weight": 0.0}), torch.device("cpu")
+    step = ICMD(teacher, student, None, matches, VPrediction(), settings, device, channels={"U.3.2": left})
+    state = step.prepare(step.draw(data.shuffled(0, 2, 0), torch.Generator().manual_seed(0)), 0)
+    found = step.student_loss(state)["icd"]
+    features = []
+    for denoiser in (teacher, student):
+        with tapped({name: denoiser.tap_modules()[name] for name in matches}) as taps:
+            denoiser(state["noisy"], VPrediction().time(state["sigma"]), state["condition"])
+            features.append(dict(taps))
+    of_teacher, of_student = features
+    assert of_student["U.3.2"].shape[1] == 16
+    expected = (of_teacher["U.3.2"][:, left] - of_student["U.3.2"]).square().mean()
+    expected += (of_teacher["D.2.1"] - of_student["D.2.1"]).square().mean()
+    torch.testing.assert_close(found, expected)
+    assert found > 0
+
+
+def test_a_student_with_fewer_channels_is_trained_whole_again(data: LatentCache) -> None:
+    teacher, left = new_unet(), list(range(0, 32, 2))
+    student = without_half_of_the_last_stream(teacher, left)
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+    distill(
+        teacher,
+        student,
+        {"U.3.2": "U.3.2"},
+        VPrediction(),
+        data,
+        SETTINGS,
+        torch.device("cpu"),
+        channels={"U.3.2": left},
+    )
+    after = student.model.state_dict()
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    assert not torch.equal(after["conv_out.weight"], before["conv_out.weight"])

@@ -58,6 +58,25 @@ def test_wrong_arguments_name_what_there_is(project: Path, command: list[str], t
     assert told in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ([], "method optimal needs a budget; set ratio"),
+        (
+            ["--latency-ratio", ".6"],
+            "artifacts/sensitivity/report.json does not exist; `vdmini run --target sensitivity`",
+        ),
+        (["--latency-ratio", ".6", "--flop-ratio", ".5"], "give one of --latency-ratio, --parameter-ratio"),
+        (["--flop-ratio", "1.5"], "plan: ratio: Input should be less than or equal to 1, got 1.5"),
+        (["--flop-ratio", ".5", "--method", "best"], "plan: method: Input should be 'paper', 'optimal'"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(project: Path, command: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, ["plan", *command])
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
 def test_settings_explains_every_section(project: Path) -> None:
     output = CliRunner().invoke(app, ["settings"]).stdout
     for key in ("data.source", "distill.loop.max_steps", "register.min_motion_recovery"):

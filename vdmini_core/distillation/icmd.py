@@ -4,7 +4,7 @@ Individual Content and Motion Dynamics distillation (arXiv 2411.18375): the base
 teacher's features frame by frame (ICD), and an adversarial loss on multi-frame features (MCA).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,9 +31,10 @@ from vdmini_core.training.player import Player, averaged, restore
 class ICMD:
     """Computes the losses of one step; holds the networks, owns no optimizer.
 
-    `matches` maps every teacher unit that survived to the student's unit made from it; `process` is the
-    teacher's noise algebra. The teacher is None where no loss reads it (`answers.teacher_needed`): with `answers`, kept
-    on disk, it does not run.
+    `matches` maps every teacher unit that survived to the student's unit made from it; `channels` lists, for units
+    whose feature lost some, the teacher's channels that the student's still has, which alone are compared. `process` is
+    the teacher's noise algebra. The teacher is None where no loss reads it (`answers.teacher_needed`): with `answers`,
+    kept on disk, it does not run.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ICMD:
         settings: DistillSettings,
         device: torch.device,
         answers: TeacherAnswers | None = None,
+        channels: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.teacher, self.student, self.discriminator = teacher, student, discriminator
         self.process, self.settings, self.device, self.answers = process, settings, device, answers
@@ -53,6 +55,8 @@ class ICMD:
         teacher_taps, student_taps = teacher.tap_modules() if teacher else {}, student.tap_modules()
         self.teacher_taps = {name: teacher_taps[name] for name in matches}
         self.student_taps = {name: student_taps[match] for name, match in matches.items()}
+        lists = channels or {}
+        self.channels = {name: list(lists[name]) if name in lists else slice(None) for name in matches}
 
     def ramp(self, step: int) -> float:
         """Share of their weight that adversarial losses have: 0 while the heads warm up, then rising to 1."""
@@ -98,7 +102,8 @@ class ICMD:
             elif answer_needed(self.settings):
                 with tapped(self.teacher_taps) as features:
                     answer = self._predict(self.teacher, state)
-                    state["teacher_features"] = dict(features)
+                    compared = {name: feature[:, self.channels[name]] for name, feature in features.items()}
+                    state["teacher_features"] = compared
             if self.settings.mca_weight > 0:
                 assert answer is not None
                 x0_teacher = self.process.clean(answer.float(), state["noisy"], state["sigma"])
@@ -157,6 +162,7 @@ def distill(
     device: torch.device,
     *,
     answers: TeacherAnswers | None = None,
+    channels: Mapping[str, Sequence[int]] | None = None,
     checkpoints: Path | None = None,
     fingerprint: str = "",
     log: Log = silent_log,
@@ -164,7 +170,7 @@ def distill(
     should_stop: Callable[[], bool] = lambda: False,
     validation: Validation | None = None,
 ) -> None:
-    """Train `student` in place towards `teacher`, or with `answers` alone.
+    """Train `student` in place towards `teacher`, or with `answers` alone; `matches` and `channels` as in `ICMD`.
 
     It ends with its averaged (EMA) weights, the last or the best.
 
@@ -174,7 +180,7 @@ def distill(
     loop, student_class = settings.loop, type(student.model)
     torch.manual_seed(loop.seed)
     discriminator = Discriminator(teacher.encoder_widths()).to(device) if teacher else None
-    step = ICMD(teacher, student, discriminator, matches, process, settings, device, answers)
+    step = ICMD(teacher, student, discriminator, matches, process, settings, device, answers, channels)
     student.model.eval()  # dropout would draw from no generator of the step
     players = [Player("student", student.model, step.student_loss, settings.learning_rate)]
     if settings.mca_weight > 0:

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from vdmini_core.artifacts import Alarm, Quality, ValidationReport, ValidationRow
+from vdmini_core.artifacts import Alarm, ValidationReport, ValidationRow
 from vdmini_core.data.latents import LatentCache
 from vdmini_core.distillation.alarms import all_raised, raised
 from vdmini_core.evaluation.compare import to_frames
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.metrics.dynamics import DYNAMICS, dynamics
-from vdmini_core.evaluation.quality import Judged, compare, decoded_batches, generated_batches, judge
+from vdmini_core.evaluation.quality import SMALLEST, Judged, compare, decoded_batches, generated_batches, judge, score
 from vdmini_core.models import Denoiser, Pipeline
 from vdmini_core.reporting import Log, silent_log
 from vdmini_core.settings import ValidationSettings
@@ -31,7 +31,6 @@ from vdmini_core.training.history import History
 
 SHOWN, SHOWN_FRAMES, SHOWN_SIDE = 4, 8, 160  # of a picture at most: clips, frames of each, pixels of a frame's side
 HINGES = ("train/discriminator/total", "train/task_discriminator/total")
-SMALLEST = 1e-6  # of what is divided by
 
 logger = logging.getLogger(__name__)
 
@@ -141,17 +140,6 @@ class Validation:
         rows = [row for row in self.training.rows() if row["step"] in since]
         found = [row[name] for row in rows for name in HINGES if name in row]
         return float(np.mean(found)) if found else None
-
-
-def score(student: Quality, teacher: Quality) -> float:
-    """One number to choose weights by, higher is better: the mean of content and motion accuracy.
-
-    Where clips carry no labels, minus the mean of both Frechet distances, each as a multiple of the teacher's.
-    """
-    if student.content_accuracy is not None and student.motion_accuracy is not None:
-        return (student.content_accuracy + student.motion_accuracy) / 2
-    content = student.content_distance / max(teacher.content_distance, SMALLEST)
-    return -(content + student.motion_distance / max(teacher.motion_distance, SMALLEST)) / 2
 
 
 def best_step(rows: tuple[ValidationRow, ...]) -> int | None:

@@ -3,25 +3,55 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vdmini_core.artifacts import Latency
-from vdmini_core.models import Condition, Denoiser
+from vdmini_core.artifacts import Cost, CostTable, Latency
+from vdmini_core.models import Condition, Denoiser, Unit
+from vdmini_core.models.removal import Piece
+from vdmini_core.models.shared_start import Cut
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the whole network, and per unit name."""
+    """Of the whole network, of each unit, of each piece that goes with the last of some units, by their names.
+
+    `module_flops` are per path of a module, those without any left out.
+    """
 
     parameters: int
     flops: int
     unit_parameters: dict[str, int]
     unit_flops: dict[str, int]
+    piece_parameters: dict[str, int]
+    piece_flops: dict[str, int]
+    module_flops: dict[str, int]
+
+    def table(self, latencies: "PartLatencies | None" = None) -> CostTable:
+        """The same as a record, with what was measured of latency."""
+        parameters, flops = self.unit_parameters | self.piece_parameters, self.unit_flops | self.piece_flops
+        spent = latencies.parts if latencies else {}
+        return CostTable(
+            whole=Cost(
+                parameters=self.parameters, flops=self.flops, latency_ms=latencies.whole_ms if latencies else None
+            ),
+            parts={
+                name: Cost(parameters=parameters[name], flops=flops[name], latency_ms=spent.get(name))
+                for name in parameters
+            },
+        )
+
+
+class PartLatencies(NamedTuple):
+    """Median milliseconds of a whole call, and of each unit and piece within it."""
+
+    whole_ms: float
+    parts: dict[str, float]
 
 
 def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Costs:
@@ -36,18 +66,40 @@ def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Co
         twin(latents.to("meta"), torch.ones(len(latents), device="meta"), meta)
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     prefix = f"{type(twin.model).__name__}."
+
+    def flops_of(parts: Iterable[Unit | Piece]) -> dict[str, int]:
+        return {part.name: sum(counts.get(prefix + path, 0) for path in part.modules) for part in parts}
+
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),
         flops=counter.get_total_flops(),
         unit_parameters=unit_parameters(denoiser),
-        unit_flops={u.name: sum(counts.get(prefix + path, 0) for path in u.modules) for u in denoiser.units},
+        unit_flops=flops_of(denoiser.units),
+        piece_parameters=_parameters(denoiser, denoiser.pieces),
+        piece_flops=flops_of(denoiser.pieces),
+        module_flops={name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)},
     )
+
+
+def flops_without(denoiser: Denoiser, costs: Costs, cut: Cut) -> tuple[int, int]:
+    """FLOPs of a call with the cut's units bypassed: in full, and where it starts after the cut's prefix."""
+    of = costs.module_flops
+    chosen = [unit for unit in denoiser.units if {unit.name, unit.block} & set(cut.names)]
+    silent = sum(of.get(path, 0) for path in denoiser.silent_modules(cut.names))
+    # What stands in is as large as the shortcut in whose place it answers.
+    still = sum(of.get(path, 0) for unit in chosen for path in denoiser.running_in_bypass(unit))
+    full = costs.flops - silent + still
+    return full, full - sum(of.get(path, 0) for path in cut.prefix)
 
 
 def unit_parameters(denoiser: Denoiser) -> dict[str, int]:
     """Parameters of every unit by name."""
-    parts = {unit.name: map(denoiser.model.get_submodule, unit.modules) for unit in denoiser.units}
-    return {name: sum(p.numel() for part in modules for p in part.parameters()) for name, modules in parts.items()}
+    return _parameters(denoiser, denoiser.units)
+
+
+def _parameters(denoiser: Denoiser, parts: Iterable[Unit | Piece]) -> dict[str, int]:
+    modules = {part.name: map(denoiser.model.get_submodule, part.modules) for part in parts}
+    return {name: sum(p.numel() for part in parts for p in part.parameters()) for name, parts in modules.items()}
 
 
 def synchronise(device: torch.device) -> None:
@@ -95,8 +147,18 @@ def measure_units(
     denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
 ) -> dict[str, float]:
     """Median milliseconds spent inside each unit during whole forward calls, one after the other."""
+    spent = measure_parts(denoiser, latents, condition, runs=runs, warmup=warmup).parts
+    return {unit.name: spent[unit.name] for unit in denoiser.units}
+
+
+def measure_parts(
+    denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
+) -> PartLatencies:
+    """Median milliseconds of whole forward calls, and inside each unit and piece during them, each waited for."""
     device = next(denoiser.model.parameters()).device
-    spent: dict[str, list[float]] = {unit.name: [] for unit in denoiser.units}
+    parts: list[Unit | Piece] = [*denoiser.units, *denoiser.pieces]
+    spent: dict[str, list[float]] = {part.name: [] for part in parts}
+    whole: list[float] = []
     started: dict[str, float] = {}
     total: dict[str, float] = defaultdict(float)
 
@@ -114,23 +176,25 @@ def measure_units(
 
         return hook
 
+    times = torch.zeros(len(latents), device=device)
     handles = []
-    for unit in denoiser.units:
-        for path in unit.modules:
+    for part in parts:
+        for path in part.modules:
             module = denoiser.model.get_submodule(path)
             handles += [
-                module.register_forward_pre_hook(before(unit.name)),
-                module.register_forward_hook(after(unit.name)),
+                module.register_forward_pre_hook(before(part.name)),
+                module.register_forward_hook(after(part.name)),
             ]
     try:
         with torch.no_grad():
             for run in range(warmup + runs):
                 total.clear()
-                denoiser(latents, torch.zeros(len(latents), device=device), condition)
+                milliseconds = elapsed_ms(lambda: denoiser(latents, times, condition), device)
                 if run >= warmup:
+                    whole.append(milliseconds)
                     for name, values in spent.items():
                         values.append(total[name])
     finally:
         for handle in handles:
             handle.remove()
-    return {name: statistics.median(values) for name, values in spent.items()}
+    return PartLatencies(statistics.median(whole), {name: statistics.median(values) for name, values in spent.items()})

@@ -19,6 +19,7 @@ Wan 2.2's times per token are not covered.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -39,13 +40,13 @@ from torch import Tensor, nn
 from vdmini_core.models.graph import (
     Condition,
     Denoiser,
-    IllegalPlan,
     Unit,
     config_of,
     expand,
     first_argument,
 )
 from vdmini_core.models.loading import class_name, load_component
+from vdmini_core.models.removal import Rule, kept
 
 ENCODER_STAGES = 4
 LTX_COMPRESSION = 8, 32, 32
@@ -114,15 +115,15 @@ class TransformerDenoiser(Denoiser):
             raise ValueError(f"{name} needs the condition {error}; given are {given}") from None
         return {"hidden_states": latents, "timestep": time} | told | more
 
-    def check(self, names: Iterable[str]) -> None:
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
         """Every removal is legal that leaves a block, and the last one where the class needs it."""
-        removed = set(expand(names, self.units))
-        *_, last = (unit.name for unit in self.units)
-        if self.row.last_stays and last in removed:
-            earlier = f"keep {last} and remove an earlier block instead"
-            raise IllegalPlan(f"{last} has to stay: {self.row.last_stays}; {earlier}")
-        if len(removed) == len(self.units):
-            raise IllegalPlan(f"removing {', '.join(sorted(removed))} leaves no block; keep at least one")
+        names = [unit.name for unit in self.units]
+        one = Rule(dict.fromkeys(names, 1), 1, len(names), lambda removed: "leaves no block; keep at least one")
+        if not self.row.last_stays:
+            return (one,)
+        instead = f"keep {names[-1]} and remove an earlier block instead"
+        return *kept(names[-1:], f"but {names[-1]} has to stay: {self.row.last_stays}; {instead}"), one
 
     def identity_of(self, unit: Unit) -> Mapping[str, Callable[..., Any]]:
         """A silent block passes on the hidden state, and the text beside it where it answers both."""

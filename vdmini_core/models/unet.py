@@ -5,8 +5,8 @@ temporal convolution, motion module).
 """
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vdmini_core.models.graph import (
     Condition,
     Denoiser,
     IllegalPlan,
+    StandIns,
     Unit,
     config_of,
     empty,
@@ -32,7 +33,10 @@ from vdmini_core.models.graph import (
     rebuild,
 )
 from vdmini_core.models.loading import class_name, load_component
+from vdmini_core.models.narrow import Kept, Widths, kept_weights, narrow, widths_of
+from vdmini_core.models.removal import Piece, Rule
 from vdmini_core.models.unet_rows import UNETS
+from vdmini_core.models.unet_rules import Pair, Stage, unet_rules
 
 
 class UNetDenoiser(Denoiser):
@@ -46,6 +50,7 @@ class UNetDenoiser(Denoiser):
         self._by_block: dict[str, list[Unit]] = {}
         for unit in self.units:
             self._by_block.setdefault(unit.block, []).append(unit)
+        self.pieces = tuple(self._samplers(stage) for stage in range(1, self.stages))
 
     def __call__(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, T, h, w] as the network wants them scaled -> its answer, of the same shape."""
@@ -70,6 +75,11 @@ class UNetDenoiser(Denoiser):
     def _facing(self, stage: int) -> tuple[str, str]:
         """The down and the up block of a stage."""
         return f"D.{stage}", f"U.{self.stages - 1 - stage}"
+
+    def _samplers(self, stage: int) -> Piece:
+        """What leads into a stage and out of it."""
+        paths = f"down_blocks.{stage - 1}.downsamplers.0", f"up_blocks.{self.stages - 1 - stage}.upsamplers.0"
+        return Piece(f"samplers.{stage}", tuple(unit.name for unit in self.units if unit.depth >= stage), paths)
 
     def _pairs_of(self, block: str) -> list[Unit]:
         return self._by_block.get(block, [])
@@ -103,19 +113,30 @@ class UNetDenoiser(Denoiser):
                 answers[path] = _shortcut(self._resnet(unit), self._hidden_width(unit))
         return answers
 
-    def _silent(self, chosen: set[str]) -> dict[str, Callable[..., Any]]:
+    def running_in_bypass(self, unit: Unit) -> tuple[str, ...]:
+        """The shortcut of a pair between stages of different widths."""
+        resnet = self._resnet(unit)
+        if unit.block == "M" or self._hidden_width(unit) == int(resnet.out_channels):
+            return ()
+        nested = "spatial_res_block." if resnet is not self.model.get_submodule(unit.modules[0]) else ""
+        return (f"{unit.modules[0]}.{nested}conv_shortcut",)
+
+    def _silent(self, chosen: set[str], stand_ins: StandIns) -> dict[str, Callable[..., Any]]:
         """Also the samplers of inner stages that fall silent as a whole.
 
-        Within them nothing changes the width either, if they give back the one they are given.
+        Within them nothing changes the width either, if they give back the one they are given, or what would change
+        it back, the pair after them, is silent too.
         """
-        silent = super()._silent(chosen)
+        silent = super()._silent(chosen, stand_ins)
         gone = self._inner_stages(chosen)
-        for stage in gone:
-            silent[f"down_blocks.{stage - 1}.downsamplers.0"] = first_argument
-            silent[f"up_blocks.{self.stages - 1 - stage}.upsamplers.0"] = first_argument
-        if gone and (width := self._width_before(min(gone))) == self._width_before(min(gone) + 1):
-            inner = [path for unit in self.units if unit.depth >= min(gone) for path in unit.modules]
-            silent |= {path: _leading(width) for path in inner if path.split(".")[-2] == "resnets"}
+        silent |= {path: first_argument for stage in gone for path in self.pieces[stage - 1].modules}
+        if not gone:
+            return silent
+        width, outside = self._width_before(min(gone)), self._pairs_of(self._facing(min(gone) - 1)[1])[0]
+        if width == self._width_before(min(gone) + 1) or outside.name in chosen:
+            inner = [u for u in self.units if u.name in chosen and (u.depth >= min(gone) or u == outside)]
+            paths = (path for unit in inner for path in unit.modules if path.split(".")[-2] == "resnets")
+            silent |= {path: _leading(width) for path in paths}
         return silent
 
     def _width_before(self, stage: int) -> int:
@@ -125,90 +146,24 @@ class UNetDenoiser(Denoiser):
 
     def _inner_stages(self, removed: set[str]) -> list[int]:
         """Stages, deepest first, that go as a whole: every pair of theirs and everything deeper."""
-        gone: list[int] = []
-        if not {unit.name for unit in self._pairs_of("M")} <= removed:
-            return gone
-        for stage in range(self.stages - 1, 0, -1):
-            down, up = self._facing(stage)
-            if not {unit.name for unit in self._pairs_of(down) + self._pairs_of(up)} <= removed:
-                break
-            gone.append(stage)
-        return gone
+        return [stage for stage in range(self.stages - 1, 0, -1) if removed.issuperset(self.pieces[stage - 1].units)]
 
-    def check(self, names: Iterable[str]) -> None:
-        """Walk the skip connections of what is left: each kept pair must receive what it was trained on.
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """Each kept pair must receive what it was trained on; only so is removal the same as bypass."""
 
-        Up pair j of n reads the output of down pair n - 2 - j of its stage, the last one what enters the
-        stage; a removed down pair passes on what it receives. Only so is removal the same as bypass.
-        """
-        removed = set(expand(names, self.units))
-        what = f"removing {', '.join(unit.name for unit in self.units if unit.name in removed)}"
-        stages = range(self.stages - len(self._inner_stages(removed)))
-        for stage in stages:
-            down, up = ([u for u in self._pairs_of(block) if u.name not in removed] for block in self._facing(stage))
-            if len(up) != len(down) + 1:
-                raise IllegalPlan(
-                    f"{what} leaves {self._facing(stage)[0]} {len(down)} pairs and {self._facing(stage)[1]} "
-                    f"{len(up)}; an up block needs one pair more than its down block, because every skip "
-                    f"connection that is made is used: remove pairs of {' and '.join(self._facing(stage))} together"
-                )
-            self._check_skips(stage, removed)
-        self._check_widths(removed, what, stages)
+        def pairs(block: str) -> tuple[Pair, ...]:
+            units = self._pairs_of(block)
+            return tuple(Pair(u.name, self._hidden_width(u), int(self._resnet(u).out_channels)) for u in units)
 
-    def _check_skips(self, stage: int, removed: set[str]) -> None:
-        """Raise where removal would hand a kept up pair another skip than the one it was trained on."""
-        down, up = self._facing(stage)
-        downs, ups = ([unit.name for unit in self._pairs_of(block)] for block in (down, up))
-        kept = [index for index, name in enumerate(downs) if name not in removed]
-
-        def fits(kept_ups: Iterable[str]) -> bool:
-            read = [len(downs) - 1 - ups.index(name) for name in kept_ups]
-            return [max((k for k in kept if k <= r), default=None) for r in read] == [*reversed(kept), None]
-
-        if not fits(name for name in ups if name not in removed):
-            choices = itertools.combinations(ups, len(kept) + 1)
-            fitting = [[name for name in ups if name not in choice] for choice in choices if fits(choice)]
-            raise IllegalPlan(
-                f"removing {', '.join(sorted(removed & {*downs, *ups}))} hands pairs of {up} other skip connections "
-                f"than they were trained on; of {up} remove {' or '.join('+'.join(names) for names in fitting)} instead"
-            )
-
-    def _check_widths(self, removed: set[str], what: str, stages: range) -> None:
-        width = int(self.model.conv_in.out_channels)
-        skips = [width]
-
-        def through(unit: Unit, received: int) -> int:
-            resnet = self._resnet(unit)
-            if resnet.in_channels != received:
-                raise IllegalPlan(
-                    f"{what} changes what {unit.name} receives: {received} channels instead of {resnet.in_channels}; "
-                    "remove a pair that keeps the width instead (the second of a down block, the middle of an up block)"
-                )
-            return int(resnet.out_channels)
-
-        for stage in stages:
-            block = self.model.down_blocks[stage]
-            kept = [unit for unit in self._pairs_of(f"D.{stage}") if unit.name not in removed]
-            out = int(self._resnet(pairs[-1]).out_channels) if (pairs := self._pairs_of(f"D.{stage}")) else width
-            if not kept and out != width:
-                raise IllegalPlan(
-                    f"{what} leaves D.{stage} no pair, and nothing else changes the width {width} -> {out}; "
-                    f"keep D.{stage}.0"
-                )
-            for unit in kept:
-                width = through(unit, width)
-                skips.append(width)
-            if block.downsamplers is not None and stage + 1 in stages:
-                skips.append(width)
-        if (mid := self._pairs_of("M")) and "M" not in removed:
-            through(mid[0], width)
-        for stage in reversed(stages):
-            for unit in self._pairs_of(self._facing(stage)[1]):
-                if unit.name not in removed:
-                    width = through(unit, width + skips.pop())
+        facing = [self._facing(stage) for stage in range(self.stages)]
+        stages = [Stage(down, up, pairs(down), pairs(up)) for down, up in facing]
+        return unet_rules(stages, "M" if self._pairs_of("M") else None)
 
     def trimmed(self, model: Any, removed: set[str]) -> tuple[type[Any], dict[str, Any]]:
         """A stock class where its config can say what is left, otherwise the subclass that lists what is gone."""
+        if "widths" in self.model.config:
+            raise IllegalPlan("the network has lost channels already; remove its units first and its channels then")
         delete_units(UNetDenoiser(model), removed)
         config = self._teacher_config()
         if type(self.model) is self.row.stock and not isinstance(model.mid_block, NoMid):
@@ -237,6 +192,12 @@ class UNetDenoiser(Denoiser):
                 changed[key] = tuple(value)[self.stages - stages :] if from_the_end else tuple(value)[:stages]
         return {**config, **changed}
 
+    def narrowed(self, kept: Kept) -> "UNetDenoiser":
+        """A new network with its own copy of the weights, in which the named layers have these channels alone."""
+        config = config_of(self.model)
+        config["widths"] = {**config.get("widths", {}), **widths_of(kept)}
+        return UNetDenoiser(rebuild(STUDENTS[self.row.stock], config, kept_weights(self.model, kept)))
+
     def stock_form(self) -> Any:
         """The same function as a model of the stock class, or None where its config cannot say it.
 
@@ -245,6 +206,8 @@ class UNetDenoiser(Denoiser):
         """
         if type(self.model) is self.row.stock:
             return self.model
+        if "widths" in self.model.config:
+            return None
         config = self._teacher_config()
         if config.get("mid_block_scale_factor", 1) != 1:  # the mid block would divide what it passes on
             return None
@@ -328,17 +291,29 @@ def delete_units(denoiser: UNetDenoiser, removed: set[str]) -> None:
 
 
 def student_class(stock: type[Any], name: str) -> type[Any]:
-    """The stock class with one more argument: `removed_units`, the units that it is built without."""
+    """The stock class with two more arguments.
 
-    def __init__(self: Any, *args: Any, removed_units: Iterable[str] = (), **kwargs: Any) -> None:
+    `removed_units` are the units that it is built without, `widths` what of the rest is narrower (models/narrow.py).
+    """
+
+    def __init__(
+        self: Any, *args: Any, removed_units: Iterable[str] = (), widths: Widths | None = None, **kwargs: Any
+    ) -> None:
         stock.__init__(self, *args, **kwargs)
         self.register_to_config(removed_units=sorted(removed_units))
         delete_units(UNetDenoiser(self), set(removed_units))
+        if widths:
+            self.register_to_config(widths={path: list(sizes) for path, sizes in widths.items()})
+            narrow(self, widths)
 
-    own = inspect.Parameter("removed_units", inspect.Parameter.KEYWORD_ONLY, default=())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter(name, keyword, default=default) for name, default in (("removed_units", ()), ("widths", None))
+    ]
     signature = inspect.signature(stock.__init__)
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
-    body = {"__init__": __init__, "__doc__": f"{stock.__name__} without some of its units.", "__module__": __name__}
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
+    doc = f"{stock.__name__} without some of its units or channels."
+    body = {"__init__": __init__, "__doc__": doc, "__module__": __name__}
     return type(name, (stock,), body)
 
 

@@ -10,7 +10,7 @@ from vdmini_core.evaluation.costs import Costs, count_costs, unit_parameters
 from vdmini_core.models import PIPELINES, Condition, Denoiser
 from vdmini_core.models.published import blueprint, meta_inputs
 from vdmini_core.models.vae_facts import LatentShape
-from vdmini_core.pruning.planning import METHODS
+from vdmini_core.pruning.planning import Evidence, choose
 from vdmini_core.settings import DistillSettings, Params, height_and_width
 
 ASSUMPTIONS = (
@@ -91,9 +91,10 @@ def dry_run(params: Params, distillation_memory: DistillationMemory) -> DryRun:
     clip = (params.data.frames, *height_and_width(params.data.size))
     latents = found.vae.latent_shape(*clip)
     teacher = found.build()
-    removed = METHODS[params.plan.method](teacher, params.plan)
+    before = count_on_meta(teacher, latents, source)
+    removed = choose(teacher, params.plan, Evidence(before.table()))
     student = teacher.without(removed)
-    before, after = (count_on_meta(denoiser, latents, source) for denoiser in (teacher, student))
+    after = count_on_meta(student, latents, source)
     batch = max(params.distill.loop.batch_size // params.distill.loop.accumulate, 1)
     parts = {
         "sensitivity": sensitivity_memory(teacher, latents, params.sensitivity.batch_size),

@@ -1,4 +1,4 @@
-"""The ablation's flow with stand-ins for the trainings: its inputs, its rows, its runs, and its deployment."""
+"""The studies' flow with stand-ins for the trainings: its inputs, its rows, its runs, and its deployments."""
 
 import json
 import os
@@ -12,10 +12,12 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from flows.ablation import ablation, check_inputs, part_command
 from flows.cli import app
 from flows.full import StageFailed
-from vdmini_core.evaluation.ablation import AblationSettings
+from flows.study import ablation, baselines, check_inputs, part_command, probe
+from tests.tiny import PROVENANCE
+from vdmini_core.artifacts import Plan, write_json
+from vdmini_core.evaluation.study import LOSSES, Candidate, Candidates, Study
 
 ROOT = Path(__file__).parents[2]
 DVC = """
@@ -27,7 +29,7 @@ stages:
 """
 ROW = """
 import os, pathlib, sys
-part, folder = sys.argv[1], pathlib.Path("artifacts/ablation")
+part, folder = sys.argv[1], pathlib.Path("artifacts") / sys.argv[2]
 (folder / "rows").mkdir(parents=True, exist_ok=True)
 with open("calls.txt", "a") as calls:
     calls.write(f"{part} {os.environ['VDMINI_PARENT_RUN_ID']}\\n")
@@ -35,7 +37,7 @@ if pathlib.Path("fail.txt").exists() and part == "task+mca-seed0":
     sys.exit("no luck")
 if part == "table":
     (folder / "table.md").write_text("the table")
-    (folder / "ablation.png").write_bytes(b"a picture")
+    (folder / "plot.png").write_bytes(b"a picture")
 elif not (folder / "rows" / f"{part}.json").exists():
     (folder / "rows" / f"{part}.json").write_text(part)
 """
@@ -48,7 +50,7 @@ def pruned(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (project / "dvc.yaml").write_text(DVC)
     (project / "row.py").write_text(ROW)
     subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True)
-    monkeypatch.setattr("flows.ablation.part_command", lambda part, settings: [sys.executable, "row.py", part])
+    monkeypatch.setattr("flows.study.part_command", lambda part, study: [sys.executable, "row.py", part, study.kind])
     return project
 
 
@@ -85,7 +87,7 @@ def test_a_row_that_fails_ends_the_ablation_by_name(pruned: Path, mlflow_file: s
 
 
 def test_inputs_that_are_out_of_date_are_refused_with_the_command_that_makes_them(pruned: Path) -> None:
-    check_inputs(pruned)
+    check_inputs(pruned, "ablation")
     (pruned / "source.txt").write_text("another source")
     with pytest.raises(
         ValueError, match=r"prune is missing or out of date \(prune: source.txt modified\).*--target prune"
@@ -98,13 +100,66 @@ def test_inputs_that_are_out_of_date_are_refused_with_the_command_that_makes_the
     assert not (pruned / "calls.txt").exists()
 
 
-def test_a_row_is_a_process_that_is_told_its_part_and_the_size() -> None:
-    command = part_command("task-seed0", AblationSettings(seeds=2, steps=5, clips=7))
-    assert command[1:4] == ["-m", "tasks._ablation", "task-seed0"]
-    assert json.loads(command[4]) == {"seeds": 2, "steps": 5, "clips": 7}
+def test_a_row_is_a_process_that_is_told_its_part_and_the_study() -> None:
+    study = Study(kind="ablation", arms=LOSSES, seeds=2, steps=5, clips=7)
+    command = part_command("task-seed0", study)
+    assert command[1:4] == ["-m", "tasks._study", "task-seed0"]
+    assert Study.model_validate_json(command[4]) == study
 
 
-def test_both_deployments_are_made_of_the_projects_own_file(prefect_server: str, tmp_path: Path) -> None:
+@pytest.fixture
+def planned(pruned: Path) -> Path:
+    """The same with a plan whose stage is up to date."""
+    numbers = dict.fromkeys(("teacher_parameters", "student_parameters", "teacher_flops", "student_flops"), 1)
+    digests = dict.fromkeys(("report_digest", "teacher_digest"), "a")
+    plan = Plan(method="optimal", removed=("M",), kept=(), provenance=PROVENANCE, **numbers, **digests)
+    write_json(pruned / "artifacts/plan/plan.json", plan)
+    (pruned / "dvc.yaml").write_text(DVC + DVC_PLAN)
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True)
+    return pruned
+
+
+DVC_PLAN = """
+  plan:
+    cmd: python -c "import pathlib; pathlib.Path('planned.txt').write_text('planned')"
+    deps: [source.txt]
+    outs: [planned.txt]
+"""
+
+
+def test_a_comparison_has_the_current_plan_and_every_baseline(planned: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    rows = baselines(seeds=1)
+    names = ["paper", "optimal", "uniform", "random", "magnitude", "depgraph-l2", "depgraph-taylor"]
+    assert list(rows) == ["teacher", *(f"{n}-pruned" for n in names), *(f"{n}-seed0" for n in names), "table"]
+    assert set(rows.values()) == {"made"}
+    assert (planned / "artifacts/comparison/table.md").read_text() == "the table"
+
+
+def test_a_comparison_without_its_extra_is_refused_at_once(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    result = CliRunner().invoke(app, ["baselines"])
+    assert result.exit_code == 2
+    assert "pip install 'vdmini[baselines]'" in " ".join(result.stderr.split())
+    assert not (planned / "calls.txt").exists()
+
+
+def test_a_probe_tries_the_first_plans_of_its_file(planned: Path) -> None:
+    plans = tuple(Candidate(name=name, removed=("M",), predicted=0.1) for name in ("a", "b", "c"))
+    write_json(planned / "candidates.json", Candidates(plans=plans))
+    rows = probe("candidates.json", top=2)
+    assert list(rows)[:4] == ["teacher", "paper-pruned", "a-pruned", "b-pruned"]
+    assert [part for part in rows if part.endswith("seed0")] == ["paper-seed0", "a-seed0", "b-seed0"]
+
+
+def test_a_file_that_is_no_list_of_plans_is_refused(planned: Path) -> None:
+    (planned / "candidates.json").write_text('{"plans": [{"name": "a"}]}')
+    result = CliRunner().invoke(app, ["probe", "candidates.json"])
+    assert result.exit_code == 2
+    assert "missing key 'plans.0.removed'" in " ".join(result.stderr.split())
+
+
+def test_all_deployments_are_made_of_the_projects_own_file(prefect_server: str, tmp_path: Path) -> None:
     from prefect.workers.process import ProcessWorker
 
     pool = {"name": "vdmini-local", "type": "process"}

@@ -1,4 +1,4 @@
-"""Rows and table of the ablation for real, on a tiny teacher: what is kept, what goes on, what is refused."""
+"""Rows and tables of studies for real, on a tiny teacher: what is kept, what goes on, what is refused."""
 
 import json
 import os
@@ -12,17 +12,21 @@ import pytest
 import torch
 import yaml
 
-from tasks._ablation import row_path, run_part
+from tasks import _study
+from tasks._study import run_part
+from tasks.distill import Pruned
 from tests.tiny import PROVENANCE, write_latents, write_pipeline
 from vdmini_core.artifacts import Plan, read_json, write_json
 from vdmini_core.distillation.preflight import DoesNotFit
-from vdmini_core.evaluation.ablation import AblationRow, AblationSettings
+from vdmini_core.evaluation.study import LOSSES, PAPER, Arm, Part, Ranking, Study, StudyRow
 from vdmini_core.models import load_denoiser
 from vdmini_core.models.verify import verify_teacher
+from vdmini_core.pruning.baselines import StudentFacts, without_units
 from vdmini_core.pruning.surgery import prune
+from vdmini_core.settings import load_params
 from vdmini_core.training.loop import Interrupted
 
-SETTINGS = AblationSettings(seeds=1, steps=2, clips=2)
+SETTINGS = Study(kind="ablation", arms=LOSSES, seeds=1, steps=2, clips=2)
 PARAMS = {
     "distill": {
         "loop": {"seed": 3, "max_steps": 50, "batch_size": 2, "warmup_steps": 0, "checkpoint_every": 1, "log_every": 1},
@@ -74,12 +78,16 @@ def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def row(part: str) -> AblationRow:
-    return read_json(row_path(part), AblationRow)
+def row_path(part: str, study: Study = SETTINGS) -> Path:
+    return _study.row_path(study, part)
+
+
+def row(part: str, study: Study = SETTINGS) -> StudyRow:
+    return read_json(row_path(part, study), StudyRow)
 
 
 def checkpoints(project: Path) -> list[str]:
-    return sorted(path.name for path in (project / ".scratch/ablation").glob("*/step-*"))
+    return sorted(path.name for path in (project / ".scratch/studies").glob("*/step-*"))
 
 
 def test_rows_are_made_once_and_again_only_where_something_changed(project: Path) -> None:
@@ -87,6 +95,7 @@ def test_rows_are_made_once_and_again_only_where_something_changed(project: Path
     run_part("task+icd-seed3", SETTINGS)
     first = row("task-seed3")
     assert (first.arm, first.seed, first.steps) == ("task", 3, 2)
+    assert first.parameters == row("task+icd-seed3").parameters > 0
     told = [row(part).provenance.params for part in ("task-seed3", "task+icd-seed3")]
     assert [(params["icd_weight"], params["mca_weight"]) for params in told] == [(0, 0), (0.1, 0)]
     assert first.quality != row("task+icd-seed3").quality
@@ -134,7 +143,7 @@ def test_a_row_of_a_process_is_a_child_run_and_the_table_has_all_rows(project: P
 
     parent = start_parent("ablation")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "VDMINI_PARENT_RUN_ID": str(parent)}
-    command = [sys.executable, "-m", "tasks._ablation", "pruned", SETTINGS.model_dump_json()]
+    command = [sys.executable, "-m", "tasks._study", "pruned", SETTINGS.model_dump_json()]
     subprocess.run(command, env=environment, check=True)
     finish_parent(parent, "FINISHED", {}, {})
     assert (row("pruned").seed, row("pruned").steps) == (None, 0)
@@ -153,7 +162,7 @@ def test_a_row_of_a_process_is_a_child_run_and_the_table_has_all_rows(project: P
     assert len(report["rows"]) == 6
     assert report["provenance"]["commit"]
     assert "| task+icd+mca minus task |" in (project / "artifacts/ablation/table.md").read_text()
-    assert (project / "artifacts/ablation/ablation.png").stat().st_size > 10_000
+    assert (project / "artifacts/ablation/plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("stage", ["teacher", "encode", "plan", "prune"])
@@ -199,3 +208,64 @@ def test_a_loss_without_weight_is_refused(project: Path) -> None:
             run_part("task-seed3", SETTINGS)
     finally:
         (project / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+
+
+def facts(study: Study, folder: str) -> StudentFacts:
+    return read_json(Path("artifacts") / study.kind / "students" / folder / "student.json", StudentFacts)
+
+
+def test_a_probe_makes_its_students_trains_them_alike_and_ranks_them(project: Path) -> None:
+    middle = Arm(name="middle", method="units", removed=("M",), predicted=0.5)
+    study = Study(kind="probe", arms=(PAPER, middle), seeds=1, steps=1, clips=2)
+    for part in (*study.parts(3), "table"):
+        run_part(part, study)
+    ranking = read_json(project / "artifacts/probe/ranking.json", Ranking)
+    assert {plan.name: plan.predicted for plan in ranking.plans} == {"paper": None, "middle": 0.5}
+    assert {plan.name: plan.removed for plan in ranking.plans}["middle"] == ("M",)
+    assert "D.3.0" in facts(study, "paper").removed
+    assert ranking.plans[0].recovered >= ranking.plans[1].recovered
+    assert row("paper-seed3", study).parameters < row("middle-pruned", study).parameters
+    assert row("teacher", study).parameters > row("middle-pruned", study).parameters
+    assert row("middle-pruned", study).steps == 0
+    assert "| rank | plan |" in (project / "artifacts/probe/table.md").read_text()
+    assert facts(study, "middle").parameters == row("middle-seed3", study).parameters
+
+
+def student_of(arm: Arm, seed: int | None = None) -> Pruned:
+    study = Study(kind="comparison", arms=(arm,), seeds=1, steps=1, clips=2)
+    context = _study.context_of(load_params(Path("params.yaml")), Part(arm, seed), study)
+    return _study.pruned_of(context, arm, seed, study)
+
+
+def test_a_student_is_made_once_and_again_only_where_its_method_or_inputs_changed(project: Path) -> None:
+    arm = Arm(name="one", method="units", removed=("M",))
+    first = student_of(arm)
+    written = (first.folder / "config.json").stat().st_mtime_ns
+    assert student_of(arm, seed=7) == first
+    assert (first.folder / "config.json").stat().st_mtime_ns == written
+    again = student_of(arm.model_copy(update={"removed": ("D.0.1", "U.3.1")}))
+    assert (again.folder, again.removed) == (first.folder, ("D.0.1", "U.3.1"))
+    assert (first.folder / "config.json").stat().st_mtime_ns > written
+
+
+def test_a_random_student_is_another_one_each_seed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removals = {3: ("M",), 4: ("D.0.1", "U.3.1")}
+    monkeypatch.setattr(_study, "student_by", lambda method, pruning: without_units(pruning, removals[pruning.seed]))
+    arm = Arm(name="random", method="random")
+    made = [student_of(arm, seed) for seed in (3, 4, None)]
+    assert [pruned.folder.parent.name for pruned in made] == ["random-seed3", "random-seed4", "random-seed3"]
+    assert [pruned.removed for pruned in made] == [removals[3], removals[4], removals[3]]
+
+
+def test_a_student_with_fewer_channels_is_recovered_with_every_loss_and_reloads(project: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    arm = Arm(name="depgraph-l2", method="depgraph-l2")
+    study = Study(kind="comparison", arms=(arm,), seeds=1, steps=2, clips=2)
+    run_part("depgraph-l2-seed3", study)
+    made = facts(study, "depgraph-l2")
+    assert made.removed == ()
+    assert all(len(channels) < 32 for channels in made.channels.values())
+    assert row("depgraph-l2-seed3", study).parameters == made.parameters
+    log = (project / ".scratch/tracking/comparison/depgraph-l2-seed3/metrics.jsonl").read_text()
+    assert all(f"train/student/{loss}" in log for loss in ("task", "icd", "mca"))
+    assert checkpoints(project) == []
