@@ -126,7 +126,7 @@ class Sensitivity:
             baselines=tuple(baselines[count] for count in sorted(baselines) if count != baseline.clips),
             controls=self._controls(singles),
             correlations=correlations(singles),
-            **self._flops(costs),
+            **self.flops(costs),
             provenance=provenance,
         )
 
@@ -185,7 +185,7 @@ class Sensitivity:
             "random unit": {m: estimate(values, self.settings.seed) for m, values in chance.items()},
         }
 
-    def _flops(self, costs: Costs) -> dict[str, int]:
+    def flops(self, costs: Costs) -> dict[str, int]:
         """What the sweep's calls of the denoiser took, what they would have taken, and what the criteria took."""
         settings = self.settings
         spent = naive = settings.clips * settings.steps * costs.flops

@@ -72,7 +72,7 @@ class Sweep:
 
     def measure(self, round_: int, names: Iterable[str]) -> None:
         """Measure one round of the named units or blocks, and of the intact network, unless it is there already."""
-        missing = [name for name in names if self.found(name, round_) is None]
+        missing = [name for name in dict.fromkeys(names) if self.found(name, round_) is None]
         if not missing and self.found(INTACT, round_) is not None:
             return
         clips = self.clips_of(round_)
