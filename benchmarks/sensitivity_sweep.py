@@ -21,7 +21,7 @@ from vdmini_core.models.sources import evaluator_folder, resolve_source
 from vdmini_core.pruning.sensitivity import DAMAGES, GATE_BLOCKS, Sensitivity
 from vdmini_core.settings import SensitivitySettings
 
-TARGET_RATIO, TARGET_DIFFERENCE = 0.55, 1e-4
+CALIBRATION_CLIPS = 16
 
 
 class Ranking(Record):
@@ -61,7 +61,8 @@ def main(
 ) -> None:
     """Compare the sweeps and print a row."""
     quieten()
-    settings = SensitivitySettings.model_validate({"clips": clips, "batch_size": batch, "precision": precision})
+    chosen = {"clips": clips, "batch_size": batch, "precision": precision, "calibration_clips": CALIBRATION_CLIPS}
+    settings = SensitivitySettings.model_validate(chosen)
     found = compare_sweeps(source, encoded, settings, naive_clips, scratch)
     if json is not None:
         write_json(json, found)

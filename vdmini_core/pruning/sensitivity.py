@@ -265,7 +265,7 @@ def sensitivity_table(report: SensitivityReport) -> str:
         return "n/a" if value is None else f"{value:.3f}"
 
     def interval(e: Estimate) -> str:
-        return f"{e.value:.4f} ({e.low:.4f}-{e.high:.4f})"
+        return f"{e.value:.2g} ({e.low:.2g} to {e.high:.2g})"
 
     def judgements(q: Quality) -> str:
         accuracies = f"{percent(q.content_accuracy)} | {percent(q.motion_accuracy)}"
