@@ -120,7 +120,9 @@ class SensitivitySettings(SamplerSettings):
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals, which end a unit's measurement too")
     share_start: bool = Field(
-        True, description="take what comes before a unit in the first step from the intact network; needs memory for it"
+        True,
+        description="take what comes before a unit in the first step from the intact network; keeps an activation a "
+        "unit in memory, which many steps are not worth",
     )
     gate_clips: int = Field(64, gt=1, description="clips on which the intact teacher is judged fit, or all there are")
     calibration_clips: int = Field(8, gt=0, description="for the criteria, and for the linear maps that replace units")

@@ -63,7 +63,7 @@ def test_nothing_bypassed_is_all_prefix() -> None:
     assert cut.prefix == ("",)
 
 
-@pytest.mark.parametrize("names", ["D.0.1", "D.1.0", "U.2", "U.3.2"])
+@pytest.mark.parametrize("names", ["D.1.0", "U.2"])
 def test_the_flops_of_a_bypass_are_those_that_a_counter_counts(names: str) -> None:
     denoiser, latents, condition = of("U-Net")
     one, told = latents[:1], {key: value[:1] for key, value in condition.items()}

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from flows.cli import app
 from tasks._stage import STAGES, run_stage
 from vdmini_core.artifacts import (
     DataManifest,
@@ -101,6 +103,23 @@ def test_the_paper_layout_removes_at_least_38_percent(project: Path) -> None:
     student = load_denoiser(project / "artifacts/prune/denoiser")
     assert sum(p.numel() for p in student.model.parameters()) == plan.student_parameters
     assert plan.student_parameters <= 0.62 * plan.teacher_parameters
+
+
+def test_a_finished_report_gives_another_plan_without_measuring_again(project: Path, inside: Path) -> None:
+    assert (inside / "artifacts/plan/plan.png").stat().st_size > 10_000
+    made = read_json(inside / "artifacts/plan/plan.json", Plan)
+    before = folder_digest(inside / "artifacts")
+    result = CliRunner().invoke(app, ["plan", "--latency-ratio", ".7", "--protect", "U.1", "--json"])
+    assert result.exit_code == 0, result.output
+    plan = Plan.model_validate_json(result.stdout)
+    assert plan.predicted.latency <= 0.7
+    assert plan.student_parameters / plan.teacher_parameters == plan.predicted.parameters
+    assert (plan.teacher_parameters, plan.teacher_flops) == (made.teacher_parameters, made.teacher_flops)
+    assert not any(name.startswith("U.1") for name in plan.removed)
+    refused = CliRunner().invoke(app, ["plan", "--parameter-ratio", ".001"])
+    assert refused.exit_code == 2
+    assert "the nearest possible budget is 0." in refused.stderr
+    assert folder_digest(inside / "artifacts") == before
 
 
 def test_distillation_changes_the_student_and_keeps_its_history(project: Path) -> None:

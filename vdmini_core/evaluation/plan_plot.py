@@ -79,8 +79,8 @@ def _draw_network(axes: Axes, units: Sequence[Unit], removed: Sequence[str]) -> 
     levels = [-unit.depth if has_stages else 0 for unit in units]
     for index, (unit, level) in enumerate(zip(units, levels, strict=True)):
         gone = unit.name in removed
-        style = {"facecolor": REMOVED, "edgecolor": INK, "linestyle": ":"} if gone else {"facecolor": COST}
-        axes.add_patch(Rectangle((index - 0.4, level - 0.4), 0.8, 0.8, **style))
+        face, edge = (REMOVED, INK) if gone else (COST, COST)
+        axes.add_patch(Rectangle((index - 0.4, level - 0.4), 0.8, 0.8, facecolor=face, edgecolor=edge))
         if gone:
             axes.text(index, level, "×", ha="center", va="center", color=INK, fontsize=10)
     if len(units) > 1:

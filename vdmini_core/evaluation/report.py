@@ -264,7 +264,7 @@ def _scores_table(report: SensitivityReport) -> str:
     body = "".join(
         f'<tr><th scope="row">{escape(score.name)}</th>'
         + "".join(
-            f"<td>{e.value:.4f} <small>[{e.low:.4f}–{e.high:.4f}]</small></td>" for e in (score.content, score.motion)
+            f"<td>{e.value:.2g} <small>[{e.low:.2g}–{e.high:.2g}]</small></td>" for e in (score.content, score.motion)
         )
         + "".join(f"<td>{cell}</td>" for cell in _quality(score.quality))
         + f"<td>{_scaled(score.parameters)}</td><td>{score.latency_ms:.4g} ms</td></tr>"

@@ -35,4 +35,8 @@ class Piece:
 
 def kept(units: Collection[str], why: str) -> tuple[Rule, ...]:
     """Rules that none of the units goes."""
-    return tuple(Rule({unit: 1}, 1, 1, lambda removed, unit=unit: f"takes out {unit}, {why}") for unit in units)
+
+    def rule(unit: str) -> Rule:
+        return Rule({unit: 1}, 1, 1, lambda removed: f"takes out {unit}, {why}")
+
+    return tuple(map(rule, units))

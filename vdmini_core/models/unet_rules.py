@@ -9,6 +9,7 @@ That is: of every beginning of this order, the kept up pairs are as many as the 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vdmini_core.models.removal import Rule
 
@@ -99,7 +100,7 @@ def _widths(stage: Stage, inner: Stage | None) -> Iterator[Rule]:
         for pair in pairs:
             if pair.received != pair.out:
                 terms = _less({pair.name: 1}, within.surplus())
-                yield Rule(terms, 0, 0, lambda removed, pair=pair: _width_text(stage, pair, removed))
+                yield Rule(terms, 0, 0, partial(_width_text, stage, pair))
 
 
 def _width_text(stage: Stage, pair: Pair, removed: Collection[str]) -> str:

@@ -1,17 +1,18 @@
 """Noised training clips on which criteria are computed and linear maps are fitted."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.evaluation.quality import noise_for
 from vdmini_core.models import Condition, Denoiser, Pipeline
-from vdmini_core.models.graph import StandIns, Unit, first_argument
+from vdmini_core.models.graph import StandIns, first_argument
 
 SIGMA_MEAN, SIGMA_STD = 0.0, 1.4  # of ln(sigma), as the denoising task trains by default
 
@@ -65,11 +66,23 @@ def tensor_of(answer: Any) -> Tensor:
     return answer if isinstance(answer, Tensor) else answer[0]
 
 
+Watcher = Callable[[tuple[Any, ...], dict[str, Any], Tensor], None]
+"""see(args, keywords, answer): what a unit was given, and the hidden state that it answered."""
+
+
 @contextmanager
-def watching(
-    denoiser: Denoiser, unit: Unit, see: Callable[[tuple[Any, ...], dict[str, Any], Tensor], None]
-) -> Iterator[None]:
-    """Within the context `see` receives what each call of the unit is given and the hidden state it answers."""
+def watching(denoiser: Denoiser, watchers: Mapping[str, Watcher]) -> Iterator[None]:
+    """Within the context each unit's watcher sees every call of the unit."""
+    with ExitStack() as stack:
+        for unit in denoiser.units:
+            if unit.name in watchers:
+                first, last = (denoiser.model.get_submodule(unit.modules[index]) for index in (0, -1))
+                for handle in _hooks(first, last, watchers[unit.name]):
+                    stack.callback(handle.remove)
+        yield
+
+
+def _hooks(first: nn.Module, last: nn.Module, see: Watcher) -> list[RemovableHandle]:
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -78,42 +91,43 @@ def watching(
     def after(module: nn.Module, args: tuple[Any, ...], answer: Any) -> None:
         see(*given.pop(), tensor_of(answer))
 
-    first, last = (denoiser.model.get_submodule(unit.modules[index]) for index in (0, -1))
-    handles = [first.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return [first.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]
 
 
 @torch.no_grad()
 def fit_stand_ins(denoiser: Denoiser, calibration: Calibration) -> StandIns:
     """A linear map, with a constant, for every unit that changes the width: least squares of what it answers.
 
-    It maps the channels that the unit receives, of one place in one frame, to those that it answers.
+    It maps the channels that the unit receives, of one place in one frame, to those that it answers; of several as
+    good the smallest, by the normal equations in float64.
     """
-    units = [unit for unit in denoiser.units if denoiser.running_in_bypass(unit)]
-    return {unit.name: linear_map(_fit(denoiser, unit, calibration)) for unit in units}
+    fits = {unit.name: _Fit() for unit in denoiser.units if denoiser.running_in_bypass(unit)}
+    if fits:
+        with watching(denoiser, fits):
+            for batch in calibration:
+                batch.answer(denoiser)
+    return {name: linear_map(fit.solution()) for name, fit in fits.items()}
 
 
-def _fit(denoiser: Denoiser, unit: Unit, calibration: Calibration) -> Tensor:
-    """[inputs + 1, outputs] by the normal equations in float64, the smallest where several are as good."""
-    squares: list[Tensor] = []
-    products: list[Tensor] = []
+class _Fit:
+    """Sums x^T x and x^T y over the places of every call, x with a 1 at its end."""
 
-    def see(args: tuple[Any, ...], named: dict[str, Any], answer: Tensor) -> None:
+    def __init__(self) -> None:
+        self.square: Tensor | None = None
+        self.product: Tensor | None = None
+
+    def __call__(self, args: tuple[Any, ...], named: dict[str, Any], answer: Tensor) -> None:
         x, y = (_pixels(tensor) for tensor in (first_argument(*args, **named), answer))
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-        squares.append(x.T @ x)
-        products.append(x.T @ y)
+        self.square = x.T @ x if self.square is None else self.square + x.T @ x
+        self.product = x.T @ y if self.product is None else self.product + x.T @ y
 
-    with watching(denoiser, unit, see):
-        for batch in calibration:
-            batch.answer(denoiser)
-    square, product = (torch.stack(terms).sum(0) for terms in (squares, products))
-    found: Tensor = torch.linalg.lstsq(square.cpu(), product.cpu(), driver="gelsd").solution
-    return found.float().to(square.device)
+    def solution(self) -> Tensor:
+        """[inputs + 1, outputs]."""
+        assert self.square is not None
+        assert self.product is not None
+        found: Tensor = torch.linalg.lstsq(self.square.cpu(), self.product.cpu(), driver="gelsd").solution
+        return found.float().to(self.square.device)
 
 
 def _pixels(feature: Tensor) -> Tensor:

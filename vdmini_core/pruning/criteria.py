@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vdmini_core.models import Denoiser
 from vdmini_core.models.graph import Unit
 from vdmini_core.models.shared_start import Cut, SharedStart
-from vdmini_core.pruning.calibration import Calibration, tensor_of, watching
+from vdmini_core.pruning.calibration import Calibration, Watcher, tensor_of, watching
 
 Scores = dict[str, float]
 """Unit -> score."""
@@ -54,21 +54,23 @@ def block_influence(denoiser: Denoiser, calibration: Calibration, cuts: Mapping[
 
     What it receives is what a bypass would pass on, through its shortcut where the width changes.
     """
-    return {unit.name: _influence(denoiser, unit, calibration) for unit in denoiser.units}
-
-
-def _influence(denoiser: Denoiser, unit: Unit, calibration: Calibration) -> float:
-    passed_on = denoiser.identity_of(unit)[unit.modules[0]]
-    found: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {unit.name: [] for unit in denoiser.units}
     for batch in calibration:
-
-        def see(args: tuple[Any, ...], named: dict[str, Any], answer: Tensor, noisy: Tensor = batch.noisy) -> None:
-            before, after = (denoiser.as_video(x, noisy) for x in (tensor_of(passed_on(*args, **named)), answer))
-            found.append(1 - F.cosine_similarity(before.float(), after.float(), dim=1).flatten(1).mean(1))
-
-        with watching(denoiser, unit, see):
+        watchers = {unit.name: _turn(denoiser, unit, batch.noisy, found[unit.name]) for unit in denoiser.units}
+        with watching(denoiser, watchers):
             batch.answer(denoiser)
-    return float(torch.cat(found).mean())
+    return {name: float(torch.cat(turns).mean()) for name, turns in found.items()}
+
+
+def _turn(denoiser: Denoiser, unit: Unit, noisy: Tensor, found: list[Tensor]) -> Watcher:
+    """Appends 1 - cosine of each clip to `found`."""
+    passed_on = denoiser.identity_of(unit)[unit.modules[0]]
+
+    def see(args: tuple[Any, ...], named: dict[str, Any], answer: Tensor) -> None:
+        before, after = (denoiser.as_video(x, noisy) for x in (tensor_of(passed_on(*args, **named)), answer))
+        found.append(1 - F.cosine_similarity(before.float(), after.float(), dim=1).flatten(1).mean(1))
+
+    return see
 
 
 @torch.no_grad()

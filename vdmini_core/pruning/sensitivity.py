@@ -127,7 +127,7 @@ class Sensitivity:
             controls=self._controls(singles),
             correlations=correlations(singles),
             costs=costs.table(latencies),
-            **self._flops(costs),
+            **self.flops(costs),
             provenance=provenance,
         )
 
@@ -186,7 +186,7 @@ class Sensitivity:
             "random unit": {m: estimate(values, self.settings.seed) for m, values in chance.items()},
         }
 
-    def _flops(self, costs: Costs) -> dict[str, int]:
+    def flops(self, costs: Costs) -> dict[str, int]:
         """What the sweep's calls of the denoiser took, what they would have taken, and what the criteria took."""
         settings = self.settings
         spent = naive = settings.clips * settings.steps * costs.flops
@@ -266,7 +266,7 @@ def sensitivity_table(report: SensitivityReport) -> str:
         return "n/a" if value is None else f"{value:.3f}"
 
     def interval(e: Estimate) -> str:
-        return f"{e.value:.4f} ({e.low:.4f}-{e.high:.4f})"
+        return f"{e.value:.2g} ({e.low:.2g} to {e.high:.2g})"
 
     def judgements(q: Quality) -> str:
         accuracies = f"{percent(q.content_accuracy)} | {percent(q.motion_accuracy)}"

@@ -26,6 +26,7 @@ from vdmini_core.settings import SensitivitySettings
 INTACT = "intact"
 NO_OP = "no-op"
 DECIDING = ("content", "motion")
+FEWEST = 4  # clips before anything is decided: the interval of fewer says nothing
 
 Round = dict[str, Tensor]
 """Of the clips of a round, first dimension: the paired measures, the evaluator's features `content_features` and
@@ -72,7 +73,7 @@ class Sweep:
 
     def measure(self, round_: int, names: Iterable[str]) -> None:
         """Measure one round of the named units or blocks, and of the intact network, unless it is there already."""
-        missing = [name for name in names if self.found(name, round_) is None]
+        missing = [name for name in dict.fromkeys(names) if self.found(name, round_) is None]
         if not missing and self.found(INTACT, round_) is not None:
             return
         clips = self.clips_of(round_)
@@ -145,7 +146,7 @@ class Sweep:
         names = [name for group in groups for name in group]
         self.taken = dict.fromkeys(names, 1)
         for done in range(1, round_ + 1):
-            if self.settings.stop_early:
+            if self.settings.stop_early and self.clips_of(done - 1).stop >= FEWEST:
                 settled = self._decided(groups, always)
                 names = [name for name in names if name not in settled]
             self.taken |= dict.fromkeys(names, done + 1)
