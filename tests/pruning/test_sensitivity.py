@@ -11,6 +11,7 @@ from vdmini_core.artifacts import Estimate, Quality, SensitivityReport, UnitScor
 from vdmini_core.data.latents import LatentCache
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.models import Pipeline, UNetDenoiser, load_pipeline
+from vdmini_core.pruning import sweep
 from vdmini_core.pruning.criteria import CRITERIA
 from vdmini_core.pruning.sensitivity import Sensitivity, correlations, sensitivity_table, teacher_gates
 from vdmini_core.pruning.sweep import decided
@@ -133,6 +134,7 @@ def test_units_measured_by_several_processes_and_after_a_break_give_the_same_rep
     growing: Pipeline, data: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = SETTINGS.model_copy(update={"steps": 1, "stop_early": True})
+    monkeypatch.setattr(sweep, "FEWEST", 1)  # so that some units stop
 
     def analysis(folder: str) -> Sensitivity:
         found = Sensitivity(growing, data, new_evaluator(), settings, scratch=tmp_path / folder)
@@ -141,6 +143,7 @@ def test_units_measured_by_several_processes_and_after_a_break_give_the_same_rep
 
     alone = analysis("alone")
     alone.sweep.run(alone.groups)
+    assert 1 in alone.sweep.taken.values()
     for round_ in range(alone.sweep.rounds):
         for share in (0, 1):
             worker = analysis("shared")
@@ -148,8 +151,10 @@ def test_units_measured_by_several_processes_and_after_a_break_give_the_same_rep
     together = analysis("shared")
     measured = []
     monkeypatch.setattr(type(together.sweep), "_keep", lambda self, name, *rest: measured.append(name))
-    together.sweep.measure(0, together.open_units(0))
+    for round_ in range(together.sweep.rounds):
+        together.measure(together.open_units(round_), round_)
     assert measured == []
+    assert together.sweep.taken == alone.sweep.taken
     for name in ("D.0", "U.3", *FEW[1:]):
         assert torch.equal(values_of(alone, name), values_of(together, name))
 
