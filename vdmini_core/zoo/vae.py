@@ -98,8 +98,9 @@ def train_vae(
 ) -> Any:
     """L1 + L2 reconstruction of short windows plus a light KL; the averaged weights, in place.
 
-    With `decoder_only` the latents stay what they are. Else the latents' scale is set afterwards so that what the denoiser sees has unit variance, as in latent
-    diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per channel.
+    With `decoder_only` the latents stay what they are. Else their scale is set afterwards so that what the denoiser
+    sees has unit variance, as in latent diffusion: `scaling_factor`, or Wan's `latents_mean` and `latents_std` per
+    channel.
     """
     torch.manual_seed(settings.seed)
     window = WINDOW[type(vae).__name__]
