@@ -1,4 +1,4 @@
-"""Flow "vdmini", deployed as vdmini/ablation, vdmini/baselines and vdmini/probe: studies of the current run, over seeds.
+"""Flow "vdmini", deployed as vdmini/ablation, /baselines and /probe: studies of the current run, over seeds.
 
 They train nothing that DVC's graph makes, and stand outside of it: the graph's stages are their inputs.
 """

@@ -1,6 +1,6 @@
 """A study, which is no stage: one row a process, then the table of all rows.
 
-`vdmini ablation`, `baselines` and `probe`, and the Prefect deployments of these names, start the processes one after the
+`vdmini ablation`, `baselines` and `probe`, and Prefect deployments of these names, start the processes one after the
 other.
 """
 
