@@ -48,7 +48,7 @@ class Costs:
 
 
 class PartLatencies(NamedTuple):
-    """Median milliseconds of a whole call, and of each unit and piece within it."""
+    """Milliseconds of a whole call, and of each unit and piece within it, which add up to less than it."""
 
     whole_ms: float
     parts: dict[str, float]
@@ -146,7 +146,7 @@ def latency_of(values: list[float]) -> Latency:
 def measure_units(
     denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
 ) -> dict[str, float]:
-    """Median milliseconds spent inside each unit during whole forward calls, one after the other."""
+    """Milliseconds spent inside each unit during whole forward calls, see `measure_parts`."""
     spent = measure_parts(denoiser, latents, condition, runs=runs, warmup=warmup).parts
     return {unit.name: spent[unit.name] for unit in denoiser.units}
 
@@ -154,11 +154,13 @@ def measure_units(
 def measure_parts(
     denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
 ) -> PartLatencies:
-    """Median milliseconds of whole forward calls, and inside each unit and piece during them, each waited for."""
+    """Milliseconds of whole forward calls, and inside each unit and piece during them, each waited for.
+
+    Means over the faster half of the calls: medians of parts would not add up on a machine that is busy now and then.
+    """
     device = next(denoiser.model.parameters()).device
     parts: list[Unit | Piece] = [*denoiser.units, *denoiser.pieces]
-    spent: dict[str, list[float]] = {part.name: [] for part in parts}
-    whole: list[float] = []
+    found: list[tuple[float, dict[str, float]]] = []
     started: dict[str, float] = {}
     total: dict[str, float] = defaultdict(float)
 
@@ -191,10 +193,10 @@ def measure_parts(
                 total.clear()
                 milliseconds = elapsed_ms(lambda: denoiser(latents, times, condition), device)
                 if run >= warmup:
-                    whole.append(milliseconds)
-                    for name, values in spent.items():
-                        values.append(total[name])
+                    found.append((milliseconds, dict(total)))
     finally:
         for handle in handles:
             handle.remove()
-    return PartLatencies(statistics.median(whole), {name: statistics.median(values) for name, values in spent.items()})
+    found = sorted(found, key=lambda call: call[0])[: (runs + 1) // 2]
+    means = {part.name: statistics.fmean(spent.get(part.name, 0.0) for _, spent in found) for part in parts}
+    return PartLatencies(statistics.fmean(whole for whole, _ in found), means)
