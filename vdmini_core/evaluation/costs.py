@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -160,7 +160,7 @@ def measure_parts(
     """
     device = next(denoiser.model.parameters()).device
     parts: list[Unit | Piece] = [*denoiser.units, *denoiser.pieces]
-    found: list[tuple[float, dict[str, float]]] = []
+    found: list[PartLatencies] = []
     started: dict[str, float] = {}
     total: dict[str, float] = defaultdict(float)
 
@@ -193,10 +193,15 @@ def measure_parts(
                 total.clear()
                 milliseconds = elapsed_ms(lambda: denoiser(latents, times, condition), device)
                 if run >= warmup:
-                    found.append((milliseconds, dict(total)))
+                    found.append(PartLatencies(milliseconds, {part.name: total[part.name] for part in parts}))
     finally:
         for handle in handles:
             handle.remove()
-    found = sorted(found, key=lambda call: call[0])[: (runs + 1) // 2]
-    means = {part.name: statistics.fmean(spent.get(part.name, 0.0) for _, spent in found) for part in parts}
-    return PartLatencies(statistics.fmean(whole for whole, _ in found), means)
+    return mean_of_faster_half(found)
+
+
+def mean_of_faster_half(calls: Sequence[PartLatencies]) -> PartLatencies:
+    """Whole and parts of the same calls, those that took no longer than the median one."""
+    fast = sorted(calls, key=lambda call: call.whole_ms)[: (len(calls) + 1) // 2]
+    parts = {name: statistics.fmean(call.parts[name] for call in fast) for name in fast[0].parts}
+    return PartLatencies(statistics.fmean(call.whole_ms for call in fast), parts)
