@@ -17,7 +17,7 @@ import typer
 from flows.cli import explained
 from tasks._stage import device_name, provenance, quieten
 from vdmini_core.artifacts import Latency, Provenance, Record, write_json
-from vdmini_core.evaluation.costs import measure_latencies, measure_parts
+from vdmini_core.evaluation.costs import PartLatencies, mean_of_faster_half, measure_latencies, measure_parts
 from vdmini_core.models import Denoiser, IllegalPlan
 from vdmini_core.models.published import blueprint
 from vdmini_core.models.untrained import random_inputs, untrained
@@ -65,22 +65,28 @@ def some_plans(denoiser: Denoiser, evidence: Evidence, count: int, smallest: flo
 
 
 def check(source: str, device: torch.device, plans: int, smallest: float, runs: int, warmup: int) -> PlanLatency:
-    """Time the units, plan, build the students, and time teacher and students in turn."""
+    """Plan, build the students, and time the teacher's units, the teacher and the students in turn."""
     found = blueprint(source)
     if found.latents is None:
         raise ValueError(f"{source} does not say what clips it was made for; use zoo:i2v-shapes or a published model")
     counted = count_on_meta(found.build(), found.latents, source)
     teacher = untrained(found.build(), device, torch.float32)
     latents, condition = random_inputs(teacher, found.latents, device, torch.float32)
-    parts = measure_parts(teacher, latents, condition, runs=runs, warmup=warmup)
-    evidence = Evidence(counted.table(parts))
-    removals = some_plans(teacher, evidence, plans, smallest)
+    first = measure_parts(teacher, latents, condition, runs=warmup + 3, warmup=warmup)
+    removals = some_plans(teacher, Evidence(counted.table(first)), plans, smallest)
 
     time = torch.ones(1, device=device)
     networks = {TEACHER: teacher} | {str(i): teacher.without(r, shared=True) for i, r in enumerate(removals)}
     calls = {name: partial(network, latents, time, condition) for name, network in networks.items()}
+    timed: list[PartLatencies] = []
+
+    def time_parts() -> None:
+        timed.append(measure_parts(teacher, latents, condition, runs=1, warmup=0))
+
     with torch.no_grad():
-        latencies = measure_latencies(calls, device, runs=runs, warmup=warmup)
+        latencies = measure_latencies({"": time_parts} | calls, device, runs=runs, warmup=warmup)
+    parts = mean_of_faster_half(timed[warmup:])
+    evidence = Evidence(counted.table(parts))
     checks = []
     for index, removed in enumerate(removals):
         predicted = predict(teacher, PlanSettings(), evidence, removed).latency

@@ -1,11 +1,14 @@
 """What networks cost: FLOPs against counts by hand, and how latency is taken."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import FRAMES, LATENT_SIZE, new_inputs
+from vdmini_core.evaluation import costs
 from vdmini_core.evaluation.costs import count_costs, elapsed_ms, measure_latencies, measure_units
 from vdmini_core.models import Condition, UNetDenoiser
 
@@ -121,6 +124,28 @@ def test_cuda_events_see_all_of_the_queued_work() -> None:
 
     latency = measure_latencies({"": ten_products}, device, runs=3, warmup=2)[""]
     assert latency.median_ms > 10 * 2 * 4096**3 / 2e15 * 1000  # no device does 2 PFLOP/s in float32
+
+
+def test_the_time_of_parts_is_that_of_the_faster_half_of_the_calls(
+    tiny_unet: UNetDenoiser, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_ms = iter([9.0, 50.0, 5.0, 7.0, 60.0])
+
+    def timed(call: Callable[[], object], device: torch.device) -> float:
+        call()
+        return next(whole_ms)
+
+    monkeypatch.setattr(costs, "elapsed_ms", timed)
+    monkeypatch.setattr(UNetDenoiser, "__call__", lambda unet, *args: [part(None) for part in stand_ins])
+    clock = iter(range(10**6))
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock) / 1000)
+    stand_ins = [tiny_unet.model.get_submodule(path) for part in tiny_unet.pieces for path in part.modules]
+    for module in stand_ins:
+        monkeypatch.setattr(module, "forward", lambda value: value)
+    found = costs.measure_parts(tiny_unet, *inputs, runs=5, warmup=0)
+    assert found.whole_ms == (5 + 7 + 9) / 3
+    assert [found.parts[piece.name] for piece in tiny_unet.pieces] == pytest.approx([2.0, 2.0, 2.0])
+    assert found.parts["M"] == 0
 
 
 def test_every_unit_gets_a_time_and_no_hook_stays(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Costs:
 
 
 class PartLatencies(NamedTuple):
-    """Median milliseconds of a whole call, and of each unit and piece within it."""
+    """Milliseconds of a whole call, and of each unit and piece within it, which add up to less than it."""
 
     whole_ms: float
     parts: dict[str, float]
@@ -146,7 +146,7 @@ def latency_of(values: list[float]) -> Latency:
 def measure_units(
     denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
 ) -> dict[str, float]:
-    """Median milliseconds spent inside each unit during whole forward calls, one after the other."""
+    """Milliseconds spent inside each unit during whole forward calls, see `measure_parts`."""
     spent = measure_parts(denoiser, latents, condition, runs=runs, warmup=warmup).parts
     return {unit.name: spent[unit.name] for unit in denoiser.units}
 
@@ -154,11 +154,13 @@ def measure_units(
 def measure_parts(
     denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
 ) -> PartLatencies:
-    """Median milliseconds of whole forward calls, and inside each unit and piece during them, each waited for."""
+    """Milliseconds of whole forward calls, and inside each unit and piece during them, each waited for.
+
+    Means over the faster half of the calls: medians of parts would not add up on a machine that is busy now and then.
+    """
     device = next(denoiser.model.parameters()).device
     parts: list[Unit | Piece] = [*denoiser.units, *denoiser.pieces]
-    spent: dict[str, list[float]] = {part.name: [] for part in parts}
-    whole: list[float] = []
+    found: list[PartLatencies] = []
     started: dict[str, float] = {}
     total: dict[str, float] = defaultdict(float)
 
@@ -191,10 +193,15 @@ def measure_parts(
                 total.clear()
                 milliseconds = elapsed_ms(lambda: denoiser(latents, times, condition), device)
                 if run >= warmup:
-                    whole.append(milliseconds)
-                    for name, values in spent.items():
-                        values.append(total[name])
+                    found.append(PartLatencies(milliseconds, {part.name: total[part.name] for part in parts}))
     finally:
         for handle in handles:
             handle.remove()
-    return PartLatencies(statistics.median(whole), {name: statistics.median(values) for name, values in spent.items()})
+    return mean_of_faster_half(found)
+
+
+def mean_of_faster_half(calls: Sequence[PartLatencies]) -> PartLatencies:
+    """Whole and parts of the same calls, those that took no longer than the median one."""
+    fast = sorted(calls, key=lambda call: call.whole_ms)[: (len(calls) + 1) // 2]
+    parts = {name: statistics.fmean(call.parts[name] for call in fast) for name in fast[0].parts}
+    return PartLatencies(statistics.fmean(call.whole_ms for call in fast), parts)
