@@ -121,7 +121,7 @@ def test_the_average_has_its_closed_form() -> None:
     for step, value in enumerate((3.0, 5.0, -1.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0)):
         with torch.no_grad():
             module.weight.fill_(value)
-        ema.update(module, step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
     assert ema.average["weight"].item() == pytest.approx(expected, rel=1e-6)

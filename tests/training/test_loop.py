@@ -219,7 +219,7 @@ def test_only_the_player_whose_turn_it_is_requires_gradients() -> None:
     for player in players:
 
         def loss(state: State, player: Player = player, inner: Callable = player.loss) -> dict[str, Tensor]:
-            turns.append((player.name, *(all(p.requires_grad for p in other.parameters()) for other in players)))
+            turns.append((player.name, *(all(p.requires_grad for p in other.weights) for other in players)))
             return inner(state)
 
         player.loss = loss

@@ -13,14 +13,14 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        self._weights = list(module.parameters())
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step `step` (0-based)."""
+    def update(self, step: int) -> None:
+        """Take in the module's weights after optimizer step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        names, weights = zip(*module.named_parameters(), strict=True)
-        averages: list[Tensor] = [self.average[name] for name in names]
-        torch._foreach_lerp_(averages, [w.detach().float() for w in weights], 1 - decay)
+        averages: list[Tensor] = list(self.average.values())
+        torch._foreach_lerp_(averages, [weight.detach().float() for weight in self._weights], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

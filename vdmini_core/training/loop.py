@@ -95,7 +95,7 @@ def train(
                 state = prepare(clips, step)
             for player in players:
                 for other in players:
-                    other.module.requires_grad_(other is player)
+                    other.learns(other is player)
                 with averaging(player.module, player.turn, now=part == settings.accumulate):
                     with autocast():
                         losses = player.turn(state)
@@ -115,7 +115,7 @@ def train(
         # Every player moves.
         for player in players:
             player.scaler.unscale_(player.optimizer)
-            norm = whole(nn.utils.clip_grad_norm_(player.parameters(), settings.clip_norm))
+            norm = whole(nn.utils.clip_grad_norm_(player.weights, settings.clip_norm))
             if torch.isfinite(norm):
                 metrics[f"train/{player.name}/gradient_norm"] = norm
             elif player.scaler.get_scale() <= 1:  # above, in fp16, the step is left out and the scale halved
@@ -129,7 +129,7 @@ def train(
             player.scaler.update()
             player.optimizer.zero_grad(set_to_none=True)
             assert player.ema is not None
-            player.ema.update(player.module, step)
+            player.ema.update(step)
 
         if step % settings.log_every == 0:
             averages = means(metrics)

@@ -1,6 +1,6 @@
 """One player of a training: weights with their own loss, optimizer and average, and how they are kept."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,18 +24,20 @@ class Player:
     loss: Callable[[State], Losses]
     learning_rate: float
     turn: Callable[[State], Losses] = field(init=False)
+    weights: list[nn.Parameter] = field(init=False)
+    _holders: list[nn.Module] = field(init=False, repr=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     ema: EMA | None = field(init=False, default=None)
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.module.parameters()
-
     def begin(self, settings: LoopSettings, device: torch.device) -> None:
         """Join the processes, then make optimizer, average and loss scale; the scale does nothing but in fp16."""
         self.turn = joined(self.module, self.loss, settings)
+        # To walk all modules takes milliseconds, several times a step.
+        self.weights = list(self.module.parameters())
+        self._holders = [part for part in self.module.modules() if any(True for _ in part.parameters(recurse=False))]
         self.optimizer = torch.optim.AdamW(
-            self.parameters(),
+            self.weights,
             lr=self.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -43,6 +45,12 @@ class Player:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.ema = EMA(self.module, settings.ema_decay)
+
+    def learns(self, now: bool) -> None:
+        """Whether its weights require gradients; those that its modules hold now, whole or sharded."""
+        for holder in self._holders:
+            for weight in holder.parameters(recurse=False):
+                weight.requires_grad_(now)
 
     def finish(self) -> None:
         """Leave the averaged weights on the module, which is trained no longer."""
