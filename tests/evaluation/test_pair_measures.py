@@ -112,7 +112,7 @@ def test_a_ratio_is_of_means_and_its_pairs_are_drawn_together() -> None:
 @pytest.mark.parametrize("name", sorted(PERCEPTUAL))
 def test_a_missing_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"perceptual names {name}.*pip install 'vdmini\[{name}\]'"):
+    with pytest.raises(ValueError, match=rf"perceptual names {name}.*pip install 'vdmini\[{name}\]'"):
         perceptual_distances([name], torch.device("cpu"))
 
 

@@ -58,7 +58,7 @@ def count_call(call: Callable[[], object]) -> int:
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         call()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def flops_without(denoiser: Denoiser, costs: Costs, cut: Cut) -> tuple[int, int]:

@@ -34,7 +34,7 @@ PERCEPTUAL: dict[str, Callable[[torch.device], Distance]] = {"lpips": _lpips, "d
 def perceptual_distances(names: Iterable[str], device: torch.device) -> dict[str, Distance]:
     """The named distances, ready. They fetch their weights from the network when they are first used.
 
-    ModuleNotFoundError names the extra that is not installed.
+    ValueError names the extra that is not installed.
     """
     return {name: PERCEPTUAL[name](device) for name in names}
 
@@ -51,7 +51,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise ValueError(
             f"evaluate.perceptual names {name}, which cannot be imported ({error}); install the extra with "
             f"pip install 'vdmini[{name}]' (it needs a torchvision that fits torch), or take {name} off the list"
         ) from None
