@@ -265,7 +265,13 @@ class Latency(Record):
 
 
 class EvaluationRow(Record):
-    """One of teacher, pruned, recovered."""
+    """One of teacher, pruned, recovered.
+
+    `intervals` holds estimates by the name of the measure: the accuracies of `quality` under its fields' names, what
+    the set of clips shows, and for students what pairs of clips show, student's and teacher's. `stages` are the parts
+    of making one clip, in order and each as a whole (all calls of the denoiser together): encoder, denoiser,
+    vae_decode, and end_to_end around them. `alarms` says in a sentence each what is wrong with the clips.
+    """
 
     name: str
     parameters: int
@@ -273,6 +279,9 @@ class EvaluationRow(Record):
     latency: Latency
     peak_memory_bytes: int
     quality: Quality
+    intervals: dict[str, Estimate] = {}
+    stages: dict[str, Latency] = {}
+    alarms: dict[str, str] = {}
 
 
 class EvaluationReport(Record):

@@ -188,12 +188,18 @@ class OneStepSettings(Settings):
     adversarial_weight: float = Field(0.1, ge=0, description="of the heads' verdict, beside a reconstruction of 1")
 
 
-class AlarmSettings(Settings):
-    """When a validation raises an alarm; the teacher's clips are those from the same noise and conditions."""
+class ClipAlarmSettings(Settings):
+    """When clips raise an alarm; the teacher's clips are those from the same noise and conditions."""
 
     motion_collapse: float = Field(0.5, ge=0, description="optical flow below this share of the teacher's")
+    slow_motion: float = Field(0.75, ge=0, description="optical flow below this share, but no collapse")
     flicker: float = Field(2.0, ge=0, description="flicker above so many times the teacher's")
     solid_colour: float = Field(0.5, ge=0, description="deviation within a frame below this share of the teacher's")
+
+
+class AlarmSettings(ClipAlarmSettings):
+    """When a validation raises an alarm: for its clips, or for what the training says of itself."""
+
     discriminator_won: float = Field(0.1, ge=0, description="its hinge loss below this; 2 is chance, 0 has won")
     patience: int = Field(3, gt=0, description="validations in a row for which the discriminator has to have won")
 
@@ -284,7 +290,16 @@ class EvaluateSettings(SamplerSettings):
 
     latency_runs: int = Field(30, ge=30)
     latency_warmup: int = Field(5, ge=1)
+    end_to_end_runs: int = Field(6, ge=1, description="clips made to time their parts; a ratio of these needs 30")
     gallery: int = Field(6, ge=1, description="clips shown in the report")
+    diversity: int = Field(
+        8, ge=0, description="conditions of which clips are made from further seeds as well; 0: none"
+    )
+    diversity_seeds: int = Field(2, ge=2, description="seeds of each of those conditions, all in all")
+    perceptual: tuple[Literal["lpips", "dreamsim"], ...] = Field(
+        (), description="further distances of student and teacher clips; each needs the extra of its name"
+    )
+    alarms: ClipAlarmSettings = ClipAlarmSettings()
 
 
 class RegisterSettings(Settings):

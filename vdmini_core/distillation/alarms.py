@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from vdmini_core.artifacts import Alarm, ValidationRow
+from vdmini_core.evaluation.collapse import ADVICE, collapses
 from vdmini_core.settings import AlarmSettings
 
 
@@ -14,25 +15,9 @@ def alarms(rows: Sequence[ValidationRow], limits: AlarmSettings) -> tuple[Alarm,
     if not rows:
         return ()
     last = rows[-1]
-    found: dict[str, str] = {}
-    if last.flow_ratio < limits.motion_collapse:
-        found["motion_collapse"] = (
-            f"the student's clips move {last.flow_ratio:.2f} times as much as the teacher's, "
-            f"distill.validation.alarms.motion_collapse is {limits.motion_collapse}; keep a deep block more in the "
-            "plan (D.2 and U.1 carry motion), or raise distill.mca_weight"
-        )
-    if last.flicker_ratio > limits.flicker:
-        found["flicker"] = (
-            f"the student's clips flicker {last.flicker_ratio:.2f} times as much as the teacher's, "
-            f"distill.validation.alarms.flicker is {limits.flicker}; train longer, raise distill.loop.ema_decay, or "
-            "lower distill.learning_rate or distill.mca_weight"
-        )
-    if last.contrast_ratio < limits.solid_colour:
-        found["solid_colour"] = (
-            f"the student's frames vary {last.contrast_ratio:.2f} times as much as the teacher's, "
-            f"distill.validation.alarms.solid_colour is {limits.solid_colour}; lower distill.learning_rate, raise "
-            "distill.icd_weight, or remove fewer units"
-        )
+    ratios = {"flow": last.flow_ratio, "flicker": last.flicker_ratio, "contrast": last.contrast_ratio}
+    facts = collapses(ratios, limits, "distill.validation.alarms")
+    found = {name: f"{fact}; {ADVICE[name]}" for name, fact in facts.items()}
     recent = rows[-limits.patience :]
     hinges = [row.discriminator_hinge for row in recent if row.discriminator_hinge is not None]
     if len(hinges) == limits.patience and max(hinges) < limits.discriminator_won:

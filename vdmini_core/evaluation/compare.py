@@ -1,6 +1,6 @@
 """Teacher, prune-only and recovered student side by side: quality, size and speed on the same seeds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,27 @@ from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Provenance, Q
 from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.data.synthetic import COLOURS, MOTIONS, SHAPES
 from vdmini_core.data.video import Frames, write_video
+from vdmini_core.evaluation.collapse import ADVICE, collapses
 from vdmini_core.evaluation.costs import count_costs, measure_latencies
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.memory import peak_memory_bytes
-from vdmini_core.evaluation.quality import compare, decoded_batches, generated_batches, judge
+from vdmini_core.evaluation.metrics.dynamics import dynamics
+from vdmini_core.evaluation.quality import compare, decoded_batches, judge
+from vdmini_core.evaluation.side_by_side import (
+    PAIRED_MEASURES,
+    TEACHER,
+    RowClips,
+    estimates,
+    generate_rows,
+    ratios,
+)
+from vdmini_core.evaluation.stage_times import OneClip, measure_stages
 from vdmini_core.models import Pipeline, load_denoiser
 from vdmini_core.reporting import Track, silent_track
-from vdmini_core.settings import EvaluateSettings
+from vdmini_core.settings import ClipAlarmSettings, EvaluateSettings
 
 CLIP_FPS, CLIP_CRF = 8, 16
+ALARM_KEY = "evaluate.alarms"
 ROWS = ("teacher", "pruned", "recovered")
 
 
@@ -47,15 +59,19 @@ def evaluate_rows(
     denoisers = {"teacher": pipeline.denoiser, **{name: load_denoiser(path, device) for name, path in students.items()}}
     rows_of_one = data.rows([0])
     latents, condition = rows_of_one["latents"].to(device), condition_of(rows_of_one, device)
+    channels, frames, height, width = latents.shape[1:]
     clips_folder.mkdir(parents=True, exist_ok=True)
 
-    reference = judge(decoded_batches(pipeline, data, settings.clips, settings), evaluator)
+    shown: list[Tensor] = []  # dynamics of the real clips
+    real = _seen_by(decoded_batches(pipeline, data, settings.clips, settings), shown)
+    reference = judge(real, evaluator)
     other = judge(decoded_batches(pipeline, data, settings.clips, settings, first=settings.clips), evaluator)
-    qualities: dict[str, Quality] = {}
-    for name in ROWS:
-        keep = _first_clips(settings.gallery, partial(write_clip, clips_folder, name))
-        batches = generated_batches(pipeline, denoisers[name], data, settings, track, f"generate {name}", keep)
-        qualities[name] = compare(judge(batches, evaluator), reference)
+    writers = {name: _first_clips(settings.gallery, partial(write_clip, clips_folder, name)) for name in ROWS}
+    made = generate_rows(
+        pipeline, denoisers, data, evaluator, settings, lambda name, clips: writers[name](clips), track
+    )
+    qualities = {name: compare(made[name].judged, reference) for name in ROWS}
+    alarms = {name: row_alarms(name, made, torch.cat(shown), settings.alarms) for name in ROWS}
     gallery = _gallery(pipeline, data, settings, clips_folder)
 
     level = torch.zeros(1, device=device)
@@ -64,6 +80,12 @@ def evaluate_rows(
     }
     with torch.no_grad():
         latencies = measure_latencies(calls, device, runs=settings.latency_runs, warmup=settings.latency_warmup)
+    stages = measure_stages(
+        OneClip.of_latents(with_conditioner(pipeline), (channels, frames, height, width), settings.steps),
+        denoisers,
+        runs=settings.end_to_end_runs,
+        warmup=1,
+    )
     memory = {name: peak_memory_bytes(folders[name], latents, condition) for name in ROWS}
     costs = {name: count_costs(denoisers[name], latents, condition) for name in ROWS}
     rows = tuple(
@@ -74,6 +96,9 @@ def evaluate_rows(
             latency=latencies[name],
             peak_memory_bytes=memory[name],
             quality=qualities[name],
+            intervals=estimates(made[name], None if name == TEACHER else made[TEACHER], reference, settings.seed),
+            stages=stages[name],
+            alarms=alarms[name],
         )
         for name in ROWS
     )
@@ -89,6 +114,36 @@ def evaluate_rows(
         gallery=gallery,
         provenance=provenance,
     )
+
+
+def _seen_by(batches: Iterable[tuple[Tensor, Tensor]], shown: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches as they come, their dynamics put on the list."""
+    for clips, labels in batches:
+        shown.append(dynamics(clips))
+        yield clips, labels
+
+
+def row_alarms(name: str, made: dict[str, RowClips], real: Tensor, limits: ClipAlarmSettings) -> dict[str, str]:
+    """What is wrong with a row's clips: a student's beside the teacher's, the teacher's beside real ones.
+
+    `real` are the dynamics [N, 3] of real clips.
+    """
+    if name == TEACHER:
+        whose = ("the teacher's", "real ones")
+        found = collapses(ratios(made[name].dynamics, real), limits, ALARM_KEY, *whose)
+        return {
+            alarm: f"{fact}; no student can be trusted to be better: take another teacher"
+            for alarm, fact in found.items()
+        }
+    beside = ratios(made[name].dynamics, made[TEACHER].dynamics)
+    found = collapses(beside, limits, ALARM_KEY, f"the {name} student's")
+    return {alarm: f"{fact}; {ADVICE[alarm]}" for alarm, fact in found.items()}
+
+
+def with_conditioner(pipeline: Pipeline) -> Pipeline:
+    """The same with its encoders, which nothing but timing needs here."""
+    encoders = type(pipeline).load(pipeline.folder, ("conditioner",), pipeline.device)
+    return type(pipeline)(pipeline.folder, {**pipeline.models, **encoders.models})
 
 
 def recovery(qualities: dict[str, Quality]) -> dict[str, float | None]:
@@ -178,13 +233,21 @@ def summary(report: EvaluationReport) -> str:
         f"| real against real | | | | {share(f.content_accuracy)} | {share(f.motion_accuracy)} "
         f"| {f.content_distance:.2f} | {f.motion_distance:.2f} |"
     )
+    lines += ["", *(f"- **{name}**: {text}" for row in report.rows for name, text in row.alarms.items())]
+    if pairs := [row for row in report.rows if set(row.intervals) & set(PAIRED_MEASURES)]:
+        names = [name for name in PAIRED_MEASURES if name in pairs[0].intervals]
+        lines += [f"| beside the teacher's clips | {' | '.join(name.replace('_', ' ') for name in names)} |"]
+        lines += ["|" + "---|" * (len(names) + 1)]
+        for row in pairs:
+            cells = [f"{e.value:.3g} ({e.low:.3g} to {e.high:.3g})" for e in (row.intervals[name] for name in names)]
+            lines.append(f"| {row.name} | {' | '.join(cells)} |")
     closed = ", ".join(f"{k.replace('_', ' ')} {share(v)}" for k, v in report.recovery.items())
     lines += [
         "",
         f"{report.parameter_reduction:.1%} fewer U-Net parameters, {report.flop_ratio:.3f} of the FLOPs, "
         f"{report.latency_ratio:.3f} of the latency (median of {report.rows[0].latency.runs}). "
         f"Share of the gap closed: {closed}. Distances are toy Frechet distances of the offline evaluator, "
-        "comparable with nothing published.",
+        "comparable with nothing published. Intervals are 95%, over clips (BCa bootstrap).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -199,6 +262,11 @@ def flat_metrics(report: EvaluationReport) -> dict[str, float]:
     metrics |= {f"recovery/{k}": v for k, v in report.recovery.items() if v is not None}
     for row in report.rows:
         metrics |= {f"quality/{k}/{row.name}": v for k, v in row.quality if isinstance(v, float)}
+        for measure, estimate in row.intervals.items():
+            group = "paired" if measure in PAIRED_MEASURES else "quality"
+            metrics[f"{group}/{measure}/{row.name}"] = estimate.value
+        metrics |= {f"speed/stage_ms/{stage}/{row.name}": t.median_ms for stage, t in row.stages.items()}
+        metrics[f"quality/alarms/{row.name}"] = float(len(row.alarms))
         metrics |= {
             f"speed/latency_ms/{row.name}": row.latency.median_ms,
             f"speed/flops/{row.name}": float(row.flops),

@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vdmini_core.artifacts import Cost, CostTable, Latency
 from vdmini_core.models import Condition, Denoiser, Unit
 from vdmini_core.models.removal import Piece
 from vdmini_core.models.shared_start import Cut
+
+RATIO_RUNS = 30
+"""Timed runs of each side without which no ratio of latencies is given."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,16 @@ def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Co
     )
 
 
+def count_call(call: Callable[[], object]) -> int:
+    """FLOPs of a call that is made for it, where it runs: 2 per multiply-add, attention included.
+
+    Attention is computed step by step meanwhile, because the fused kernels of a CPU are counted as nothing.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        call()
+    return int(counter.get_total_flops())
+
+
 def flops_without(denoiser: Denoiser, costs: Costs, cut: Cut) -> tuple[int, int]:
     """FLOPs of a call with the cut's units bypassed: in full, and where it starts after the cut's prefix."""
     of = costs.module_flops
@@ -141,6 +155,11 @@ def latency_of(values: list[float]) -> Latency:
     """Median and outer deciles of timed calls, in milliseconds."""
     deciles = statistics.quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
     return Latency(median_ms=statistics.median(values), p10_ms=deciles[0], p90_ms=deciles[8], runs=len(values))
+
+
+def speedup(teacher: Latency, student: Latency) -> float | None:
+    """Teacher's median over the student's; None where either is of fewer than RATIO_RUNS runs, which prove nothing."""
+    return teacher.median_ms / student.median_ms if min(teacher.runs, student.runs) >= RATIO_RUNS else None
 
 
 def measure_units(

@@ -86,6 +86,7 @@ def sampling_protocol(
             "condition_fps": encode.fps,
             "motion_bucket_id": encode.motion_bucket_id,
             "noise_augmentation": encode.noise_augmentation,
+            **settings.model_dump(include={"diversity", "diversity_seeds"}),  # of stage evaluate alone
         },
     )
     return protocol.model_dump(mode="json")

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from vdmini_core.artifacts import Quality
 from vdmini_core.data.latents import LatentCache, condition_of
-from vdmini_core.evaluation.evaluator import Evaluator, accuracies
+from vdmini_core.evaluation.evaluator import Evaluator, Judgement, accuracies
 from vdmini_core.evaluation.metrics.frechet import frechet_distance
 from vdmini_core.models import Denoiser, Pipeline
 from vdmini_core.models.pipeline import Answering
@@ -47,14 +47,14 @@ class Judged:
 @torch.no_grad()
 def judge(batches: Iterator[tuple[Tensor, Tensor]], evaluator: Evaluator) -> Judged:
     """Judge (clips [B, 3, T, H, W], labels [B, 3], -1 where unknown) batch by batch."""
-    content, motion, right, labelled = [], [], [], True
-    for clips, labels in batches:
-        judgement = evaluator(clips)
-        content.append(judgement.content.cpu())
-        motion.append(judgement.motion.cpu())
-        labelled = labelled and bool((labels >= 0).all())
-        right.append(torch.stack(accuracies(judgement, labels.to(clips.device)), 1).cpu())
-    return Judged(torch.cat(content), torch.cat(motion), torch.cat(right) if labelled else None)
+    return reduce(Judged.joined, (verdict(evaluator(clips), labels) for clips, labels in batches))
+
+
+def verdict(judgement: Judgement, labels: Tensor) -> Judged:
+    """One batch, with labels [B, 3], -1 where unknown."""
+    content, motion = judgement.content, judgement.motion
+    right = torch.stack(accuracies(judgement, labels.to(content.device)), 1).cpu() if (labels >= 0).all() else None
+    return Judged(content.cpu(), motion.cpu(), right)
 
 
 def compare(generated: Judged, reference: Judged) -> Quality:

@@ -11,17 +11,19 @@ DYNAMICS = ("flow", "flicker", "contrast")
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-def dynamics(clips: Tensor) -> Tensor:
+def dynamics(clips: Tensor, fields: Tensor | None = None) -> Tensor:
     """The three measures named in DYNAMICS of each clip [B, 3, T, H, W] in [-1, 1], as [B, 3] on the CPU.
 
+    `fields` is the clips' flow where it is known already.
     ValueError where a clip is too short for a second difference in time, or too small for optical flow.
     """
     if clips.shape[2] < 3 or min(clips.shape[-2:]) < 12:
         raise ValueError(
             f"clips of {clips.shape[2]} frames of {clips.shape[3]} x {clips.shape[4]} pixels; expected at least 3 "
-            "frames of 12 x 12 to measure motion and flicker: change data.frames or data.size, or turn validation off"
+            "frames of 12 x 12 to measure motion and flicker: change data.frames or data.size"
         )
-    return torch.stack([flow(clips), flicker(clips).cpu(), contrast(clips).cpu()], 1).float()
+    moved = flow_lengths(flow_fields(clips) if fields is None else fields)
+    return torch.stack([moved, flicker(clips).cpu(), contrast(clips).cpu()], 1).float()
 
 
 def flow(clips: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Clips beside the intact teacher's from the same noise and condition: how far they moved, in content and in motion."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import DegenerateDataWarning, bootstrap
 from torch import Tensor
 
 from vdmini_core.artifacts import Estimate, UnitScore
@@ -15,6 +17,7 @@ from vdmini_core.evaluation.metrics.dynamics import flow_fields, flow_lengths
 PAIRED = ("content", "motion", "flow_error", "flow_change", "clip_mse")
 RESAMPLES = 2000
 HARMLESS = 1e-3  # content or motion damage below which nothing is seen, and the exact rank does not matter
+SMALLEST = 1e-6  # of what is divided by
 STILL = 0.05  # pixels a frame: below this a flow's length is mostly estimation error
 
 
@@ -72,6 +75,43 @@ def estimate(values: Sequence[float] | npt.NDArray[np.float64], seed: int = 0, c
     tail = (1 - confidence) / 2
     low, high = np.quantile(found[draws].mean(1), [tail, 1 - tail])
     return Estimate(value=float(found.mean()), low=float(low), high=float(high))
+
+
+def bca(
+    samples: Sequence[npt.NDArray[np.float64]],
+    statistic: Callable[..., npt.NDArray[np.float64]] = np.mean,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Estimate:
+    """`statistic(*samples, axis)` with its bias-corrected and accelerated interval (Efron 1987) over prompts.
+
+    Each sample has a value a prompt, [N]; a resample draws prompts, of all samples alike, so pairs stay pairs. Where
+    the correction is not defined (all values equal, or all resamples on one side) the interval is the percentiles'.
+    `estimate` is for many small samples, in which there is nothing to correct by.
+    """
+    value = float(statistic(*samples, axis=-1))
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap(
+            tuple(samples),
+            statistic,
+            n_resamples=RESAMPLES,
+            paired=True,
+            vectorized=True,
+            confidence_level=confidence,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = found.confidence_interval
+    if not np.isfinite([low, high]).all():
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(found.bootstrap_distribution, [tail, 1 - tail])
+    return Estimate(value=value, low=float(low), high=float(high))
+
+
+def ratio_of_means(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
+    """Mean of a as a multiple of the mean of b, which is taken to be at least SMALLEST; a statistic for `bca`."""
+    return np.asarray(a.mean(axis) / np.maximum(b.mean(axis), SMALLEST))
 
 
 def motion_share(unit: UnitScore) -> float | None:
