@@ -135,6 +135,14 @@ class Quality(Record):
     motion_distance: float
 
 
+class Estimate(Record):
+    """A mean over prompts with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class UnitScore(Record):
     """What bypassing one unit or block does, and what the unit costs."""
 
@@ -188,7 +196,12 @@ class Latency(Record):
 
 
 class EvaluationRow(Record):
-    """One of teacher, pruned, recovered."""
+    """One of teacher, pruned, recovered.
+
+    `intervals` holds estimates by the name of the measure: those of `quality` under its fields' names, and measures
+    of pairs of clips, student's and teacher's. `stages` are the parts of making one clip in order, each as a whole
+    (all calls of the denoiser together); `end to end`, where it is there, is the whole, timed by itself.
+    """
 
     name: str
     parameters: int
@@ -196,6 +209,8 @@ class EvaluationRow(Record):
     latency: Latency
     peak_memory_bytes: int
     quality: Quality
+    intervals: dict[str, Estimate] = {}
+    stages: dict[str, Latency] = {}
 
 
 class EvaluationReport(Record):
