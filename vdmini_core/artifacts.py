@@ -198,9 +198,10 @@ class Latency(Record):
 class EvaluationRow(Record):
     """One of teacher, pruned, recovered.
 
-    `intervals` holds estimates by the name of the measure: those of `quality` under its fields' names, and measures
-    of pairs of clips, student's and teacher's. `stages` are the parts of making one clip in order, each as a whole
-    (all calls of the denoiser together); `end to end`, where it is there, is the whole, timed by itself.
+    `intervals` holds estimates by the name of the measure: the accuracies of `quality` under its fields' names, what
+    the set of clips shows, and for students what pairs of clips show, student's and teacher's. `stages` are the parts
+    of making one clip, in order and each as a whole (all calls of the denoiser together): encoder, denoiser,
+    vae_decode, and end_to_end around them. `alarms` says in a sentence each what is wrong with the clips.
     """
 
     name: str
@@ -211,6 +212,7 @@ class EvaluationRow(Record):
     quality: Quality
     intervals: dict[str, Estimate] = {}
     stages: dict[str, Latency] = {}
+    alarms: dict[str, str] = {}
 
 
 class EvaluationReport(Record):

@@ -198,9 +198,7 @@ def flat_metrics(report: EvaluationReport) -> dict[str, float]:
     }
     metrics |= {f"recovery/{k}": v for k, v in report.recovery.items() if v is not None}
     for row in report.rows:
-        metrics |= {f"quality/{k}/{row.name}": estimate.value for k, estimate in row.intervals.items()}
         metrics |= {f"quality/{k}/{row.name}": v for k, v in row.quality if isinstance(v, float)}
-        metrics |= {f"speed/stage_ms/{k}/{row.name}": latency.median_ms for k, latency in row.stages.items()}
         metrics |= {
             f"speed/latency_ms/{row.name}": row.latency.median_ms,
             f"speed/flops/{row.name}": float(row.flops),

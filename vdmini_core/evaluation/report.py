@@ -16,7 +16,7 @@ from vdmini_core.evaluation.report_clips import gallery_row
 from vdmini_core.evaluation.report_rows import (
     NOT_AVAILABLE,
     measure_text,
-    paired_table,
+    measures_table,
     results_rows,
     scaled,
     waterfall,
@@ -45,10 +45,10 @@ def write_report(
         title=TITLE,
         verdict=escape(verdict(evaluation)),
         byline=_byline(evaluation),
-        warning=_warning(sensitivity),
+        warning=_warning(sensitivity) + _alarms(rows),
         tiles=_tiles(rows, evaluation.recovery),
         rows=results_rows(rows, evaluation.floor),
-        paired=paired_table(rows),
+        measures=measures_table(rows),
         waterfall=waterfall(rows),
         chance=escape(_chance_note([row.quality for row in evaluation.rows])),
         protocol=escape(evaluation.protocol_digest),
@@ -116,6 +116,15 @@ def _warning(sensitivity: SensitivityReport) -> str:
         '<div class="warning" role="note"><p><strong>teacher inadequate for conclusions about blocks</strong>: '
         f"failed: {escape('; '.join(failed))}.</p></div>"
     )
+
+
+def _alarms(rows: Mapping[str, EvaluationRow]) -> str:
+    texts = [
+        f"<p><strong>{escape(row.name)}</strong>: {escape(text)}.</p>"
+        for row in rows.values()
+        for text in row.alarms.values()
+    ]
+    return f'<div class="warning" role="note">{"".join(texts)}</div>' if texts else ""
 
 
 def _tiles(rows: Mapping[str, EvaluationRow], recovery: Mapping[str, float | None]) -> str:

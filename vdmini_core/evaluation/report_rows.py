@@ -7,7 +7,7 @@ from vdmini_core.artifacts import Estimate, EvaluationRow, Latency, Quality
 
 NOT_AVAILABLE = "n/a"
 DISTANCE = "Toy Frechet distance (own evaluator)"
-WHOLE = "end to end"
+WHOLE = "end_to_end"
 MIN_RUNS = 30  # fewer make no ratio
 # The template holds the table's head; these name the cells where a narrow screen shows rows as cards.
 COST_COLUMNS = ("Parameters", "FLOPs", "Latency, median [p10–p90]", "Peak memory")
@@ -18,20 +18,30 @@ QUALITY_COLUMNS = {
     "motion_accuracy": "Motion accuracy",
     "motion_distance": f"{DISTANCE}, motion",
 }
-# Measure of pairs of clips -> what it tells about, how the page calls it. Others are shown under their own names.
-PAIRED = {
-    "psnr": ("content", "PSNR, dB (higher is closer)"),
-    "ssim": ("content", "SSIM (1 is equal)"),
-    "lpips": ("content", "LPIPS (0 is equal)"),
-    "dreamsim": ("content", "DreamSim distance (0 is equal)"),
-    "feature_cosine": ("content", "Cosine of single frames' features (1 is equal)"),
-    "flow_ratio": ("motion", "Length of optical flow, ratio to the teacher's"),
-    "flow_error": ("motion", "End-point error of optical flow, pixels a frame"),
-    "diversity": ("the set of clips", "Diversity over seeds"),
-    "precision": ("the set of clips", "Precision"),
-    "recall": ("the set of clips", "Recall"),
+# Further measures, by what they tell about and how the page calls them; others are shown under their own names.
+MEASURES = {
+    "content": {
+        "psnr": "PSNR, dB (higher is closer)",
+        "ssim": "SSIM (1 is equal)",
+        "lpips": "LPIPS (0 is equal)",
+        "dreamsim": "DreamSim distance (0 is equal)",
+        "feature_cosine": "Cosine of single frames' features (1 is equal)",
+        "contrast_ratio": "Contrast, ratio to the teacher's",
+        "content_precision": "Precision",
+        "content_recall": "Recall",
+        "content_diversity": "Diversity over seeds",
+    },
+    "motion": {
+        "motion_cosine": "Cosine of motion features (1 is equal)",
+        "flow_error": "End-point error of optical flow, pixels a frame",
+        "flow_ratio": "Length of optical flow, ratio to the teacher's",
+        "flicker_ratio": "Flicker, ratio to the teacher's",
+        "motion_precision": "Precision",
+        "motion_recall": "Recall",
+        "motion_diversity": "Diversity over seeds",
+    },
 }
-OTHER = "other"
+STAGES = {"encoder": "text or image encoder", "denoiser": "denoiser, all steps", "vae_decode": "VAE decode"}
 
 
 def results_rows(rows: Mapping[str, EvaluationRow], floor: Quality) -> str:
@@ -108,29 +118,28 @@ def scaled(value: int) -> str:
     return str(value)
 
 
-def paired_table(rows: Mapping[str, EvaluationRow]) -> str:
-    """Measures of pairs of clips as a table, content and motion apart; empty where there are none."""
-    names = {name: None for row in rows.values() for name in row.intervals if name not in QUALITY_COLUMNS}
-    groups: dict[str, list[str]] = {kind: [] for kind in ("content", "motion", "the set of clips", OTHER)}
-    for name in names:
-        groups[PAIRED.get(name, (OTHER, ""))[0]].append(name)
-    shown = [row for row in rows.values() if any(name in row.intervals for name in names)]
+def measures_table(rows: Mapping[str, EvaluationRow]) -> str:
+    """What the main table has no column for, content and motion apart; empty where there is nothing."""
+    names = {name: name.replace("_", " ") for row in rows.values() for name in row.intervals}
+    known = {name for labels in MEASURES.values() for name in (*labels, *QUALITY_COLUMNS)}
+    groups = {**MEASURES, "other": {name: label for name, label in names.items() if name not in known}}
+    shown = [row for row in rows.values() if set(row.intervals) - set(QUALITY_COLUMNS)]
     if not shown:
         return ""
     head = "".join(f'<th scope="col">{escape(row.name)}</th>' for row in shown)
     body = []
-    for kind, members in groups.items():
+    for kind, labels in groups.items():
+        members = {name: label for name, label in labels.items() if name in names}
         if members:
             body.append(f'<tr><th scope="rowgroup" colspan="{len(shown) + 1}">{kind.capitalize()}</th></tr>')
-        for name in members:
-            label = PAIRED.get(name, (OTHER, name.replace("_", " ")))[1]
+        for name, label in members.items():
             cells = "".join(f"<td>{_estimate(row.intervals.get(name))}</td>" for row in shown)
             body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
     return (
-        '<h3 id="paired">Clip by clip against the teacher</h3>'
-        '<p class="quiet">The same noise and condition for both clips of a pair; brackets hold the bootstrap interval '
-        "over prompts.</p>"
-        '<div class="scroll" tabindex="0" role="region" aria-labelledby="paired"><table class="paired">'
+        '<h3 id="measures">Clip by clip</h3>'
+        '<p class="quiet">A student beside the teacher: clips from the same noise and condition. Precision and recall '
+        "are against real clips. Brackets hold the 95% bootstrap interval over prompts.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-labelledby="measures"><table class="measures">'
         f'<thead><tr><th scope="col">Measure</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
 
@@ -175,7 +184,7 @@ def _bars(model: str, stages: Mapping[str, Latency], longest: float) -> str:
         place = f"--from: {first / longest:.4f}; --share: {latency.median_ms / longest:.4f}"
         style = ' class="whole"' if name == WHOLE else ""
         items.append(
-            f"<li{style}><span>{escape(name)}</span><span>{_milliseconds(latency)}</span>"
+            f"<li{style}><span>{escape(STAGES.get(name, name.replace('_', ' ')))}</span><span>{_milliseconds(latency)}</span>"
             f'<i class="bar" style="{place}"></i></li>'
         )
     return f'<div><h3>{escape(model)}</h3><ul class="waterfall">{"".join(items)}</ul></div>'
