@@ -180,9 +180,10 @@ def publish(name: str, folder: Path) -> None:
     }
     if name in pages and (page := folder / pages[name]).is_file():
         create_markdown_artifact(page.read_text(), key=f"{name}-{page.stem}", description=str(page))
-    plot, report = folder / "sensitivity/sensitivity.png", folder / "evaluate/report.html"
-    if name == "sensitivity" and plot.is_file():
-        publish_plot(plot, "sensitivity-plot")
+    for plot, key in (("sensitivity", "sensitivity-plot"), ("depth", "depth-plot")):
+        if name == "sensitivity" and (picture := folder / f"sensitivity/{plot}.png").is_file():
+            publish_plot(picture, key)
+    report = folder / "evaluate/report.html"
     if name == "evaluate" and report.is_file():
         note = "a file on the worker's machine: copy the address, or `vdmini report --open`"
         create_link_artifact(report.as_uri(), link_text=str(report), key="evaluate-report", description=note)

@@ -1,7 +1,11 @@
 """What several stages read alike."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
+import vdmini_core
 from tasks._stage import Context
-from vdmini_core.artifacts import TeacherManifest, read_json
+from vdmini_core.artifacts import TeacherManifest, folder_digest, json_digest, read_json
 from vdmini_core.data.latents import LatentCache
 from vdmini_core.evaluation.evaluator import Evaluator, load_evaluator
 from vdmini_core.evaluation.protocol import sampling_protocol
@@ -33,16 +37,21 @@ def test_clips(context: Context) -> LatentCache:
 
 
 def check_validation_clips(params: Params, encoded: int) -> None:
-    """Validation takes the last test clips; sensitivity and evaluate the first, with as many more for their floors."""
+    """Validation takes the last test clips; evaluate the first, with as many more for its floor."""
     wanted = params.distill.validation.clips if params.distill.validation.every else 0
-    sensitivity, evaluate = params.sensitivity, params.evaluate
-    used = max(2 * sensitivity.clips, sensitivity.gate_clips, 2 * evaluate.clips, evaluate.gallery)
+    used = max(2 * params.evaluate.clips, params.evaluate.gallery)
     if wanted and encoded < used + wanted:
         raise ValueError(
             f"distill.validation wants {wanted} test clips of its own, but of the {encoded} that are encoded "
-            f"sensitivity and evaluate use the first {min(used, encoded)}; set encode.test_clips to {used + wanted} "
+            f"evaluate uses the first {min(used, encoded)}; set encode.test_clips to {used + wanted} "
             "(the data must have as many), lower evaluate.clips, or set distill.validation.every to 0"
         )
+
+
+def code_digest(packages: Iterable[str]) -> str:
+    """Of the source of packages of the library."""
+    library = Path(vdmini_core.__path__[0])
+    return json_digest({name: folder_digest(library / name, "**/*.py") for name in packages})
 
 
 def train_clips(context: Context) -> LatentCache:

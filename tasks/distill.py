@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vdmini_core
-from tasks._inputs import teacher_manifest, teacher_pipeline, train_clips
+from tasks._inputs import code_digest, teacher_manifest, teacher_pipeline, train_clips
 from tasks._stage import SCRATCH, Context, device_name
 from tasks._validation import open_validation
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
@@ -63,10 +62,8 @@ def run(context: Context) -> None:
 
 def inputs_of(context: Context) -> dict[str, str]:
     """Digests of what a training reads, its code and the teacher's noise algebra among it."""
-    library = Path(vdmini_core.__path__[0])
-    code = {name: folder_digest(library / name, "**/*.py") for name in CODE}
     return {
-        "code": json_digest(code),
+        "code": code_digest(CODE),
         "process": json_digest(teacher_pipeline(context).process.facts()),
         "teacher": teacher_manifest(context).digest,
         "pruned": folder_digest(context.input("prune") / "denoiser"),

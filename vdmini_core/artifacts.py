@@ -144,7 +144,14 @@ class Estimate(Record):
 
 
 class UnitScore(Record):
-    """What bypassing one unit or block does, and what the unit costs."""
+    """What bypassing one unit or block does, and what the unit costs.
+
+    `content` and `motion` are damages: how far the clips move from the intact teacher's own, made from the same
+    noise and conditions; 0 is none, higher means that the unit matters more. `criteria` are cheaper guesses at that
+    by name, also higher for what matters more. `quality` judges the set of clips instead; a unit that was decided
+    early has fewer of them. `paired` are further measures of the same pairs of clips. `replaced` are the units that a
+    fitted linear map stood in for, because without them the width would not fit.
+    """
 
     name: str
     kind: str
@@ -153,12 +160,21 @@ class UnitScore(Record):
     flops: int
     latency_ms: float
     quality: Quality
+    content: Estimate
+    motion: Estimate
+    criteria: dict[str, float]
+    paired: dict[str, Estimate] = {}
+    replaced: tuple[str, ...] = ()
 
 
 class SensitivityReport(Record):
     """Bypass results of every block and pair, beside the intact teacher on the same seeds.
 
-    `teacher` judges the intact teacher on more clips, for the gates.
+    `teacher` judges the intact teacher on more clips, for the gates; `baselines` on fewer, one for every number of
+    clips after which a unit was decided. `controls` are damages of what is no unit, `correlations` Spearman's, of
+    the criteria and of depth with the measured damage. FLOPs are the denoiser's in one uninterrupted sweep: spent,
+    and as they would be without sharing the first step and with all clips for every unit (`naive`); what the criteria
+    and the fits cost is extra.
     """
 
     protocol: dict[str, Any]
@@ -168,6 +184,12 @@ class SensitivityReport(Record):
     floor: Quality
     scores: tuple[UnitScore, ...]
     teacher_gates: dict[str, bool]
+    baselines: tuple[Quality, ...] = ()
+    controls: dict[str, dict[str, Estimate]] = {}
+    correlations: dict[str, dict[str, float]] = {}
+    forward_flops: int = 0
+    naive_forward_flops: int = 0
+    criteria_flops: int = 0
     provenance: Provenance
 
 

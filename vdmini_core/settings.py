@@ -111,10 +111,21 @@ class SamplerSettings(Settings):
 
 
 class SensitivitySettings(SamplerSettings):
-    """Bypass every block and every R-A pair, one at a time."""
+    """Bypass every block and every R-A pair, one at a time, on training clips, which nothing is evaluated on."""
 
-    clips: int = Field(24, gt=1)
+    clips: int = Field(24, gt=1, description="for a unit that is not decided earlier")
+    batch_size: int = Field(4, gt=0, description="clips at a time; after each it is asked which units are decided")
+    stop_early: bool = Field(
+        True, description="no further clips for units that are surely harmless, in the lower half, or known in rank"
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals, which end a unit's measurement too")
+    share_start: bool = Field(
+        True,
+        description="take what comes before a unit in the first step from the intact network; keeps an activation a "
+        "unit in memory, which many steps are not worth",
+    )
     gate_clips: int = Field(64, gt=1, description="clips on which the intact teacher is judged fit, or all there are")
+    calibration_clips: int = Field(8, gt=0, description="for the criteria, and for the linear maps that replace units")
     latency_runs: int = Field(7, gt=0)
 
 

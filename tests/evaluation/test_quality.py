@@ -121,6 +121,7 @@ def test_accuracy_counts_the_clips_that_are_told_right() -> None:
 
     unused = torch.zeros(5, 64)
     judgement = Judgement(
+        frames=unused[:, None],
         content=unused,
         motion=unused,
         shape_logits=answers([0, 1, 2, 3, 0], 4),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vdmini_core.artifacts import (
+    Estimate,
     EvaluationReport,
     EvaluationRow,
     Latency,
@@ -19,8 +20,8 @@ from vdmini_core.artifacts import (
     UnitScore,
 )
 from vdmini_core.data.video import write_video
-from vdmini_core.evaluation.plots import plot_sensitivity
 from vdmini_core.evaluation.report import verdict, write_report
+from vdmini_core.evaluation.sensitivity_plots import depth_figure, plot_depth, plot_sensitivity
 
 PROVENANCE = Provenance(
     commit="0123456789abcdef",
@@ -92,6 +93,9 @@ def make_sensitivity(*, labelled: bool = True, gates: dict[str, bool] | None = N
             flops=1_000_000 * (index + 1),
             latency_ms=1.5 + index / 4,
             quality=quality(content, motion, (0.2 + index / 10, 0.3 + index / 5), 24),
+            content=Estimate(value=0.01 * index, low=0.008 * index, high=0.013 * index),
+            motion=Estimate(value=0.1, low=0.05, high=0.2 + index),
+            criteria={"magnitude": float(index)},
         )
 
     content, motion = (0.958, 0.917) if labelled else (None, None)
@@ -282,20 +286,31 @@ def test_training_curves_are_left_out_where_there_are_none(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-@pytest.mark.parametrize("labelled", [True, False])
-def test_the_sensitivity_plot_is_written_and_repeats_byte_for_byte(tmp_path: Path, suffix: str, labelled: bool) -> None:
+def test_the_sensitivity_plot_is_written_and_repeats_byte_for_byte(tmp_path: Path, suffix: str) -> None:
     target = tmp_path / "plots" / f"sensitivity.{suffix}"
-    plot_sensitivity(make_sensitivity(labelled=labelled), target, REMOVED)
+    plot_sensitivity(make_sensitivity(), target, REMOVED)
     drawn = target.read_bytes()
     assert len(drawn) > 10_000
     assert list(target.parent.iterdir()) == [target]
-    plot_sensitivity(make_sensitivity(labelled=labelled), target, REMOVED)
+    plot_sensitivity(make_sensitivity(), target, REMOVED)
     assert target.read_bytes() == drawn
     if suffix == "svg":
-        assert ("Drop in accuracy" if labelled else "toy Frechet distance") in drawn.decode()
+        assert "1 - cosine to the teacher's clip" in drawn.decode()
         assert all(f">{name}<" in drawn.decode() for name in (*BLOCKS, *UNITS))
 
 
 def test_a_plot_format_that_is_not_offered_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"written as one of \.png, \.svg"):
         plot_sensitivity(make_sensitivity(), tmp_path / "sensitivity.gif")
+
+
+def test_the_depth_plot_has_every_single_unit_once_in_both_panels(tmp_path: Path) -> None:
+    report = make_sensitivity()
+    left, right = depth_figure(report).axes
+    markers = [line for line in left.lines if line.get_linestyle() == "None"]
+    assert [len(line.get_xdata()) for line in markers] == [len(UNITS), len(UNITS)]
+    (points,) = (line for line in right.lines if line.get_marker() == "D")
+    single = {s.name: s.motion.value / (s.content.value + s.motion.value) for s in report.scores if s.name in UNITS}
+    assert sorted(points.get_ydata()) == pytest.approx(sorted(single.values()))
+    plot_depth(report, tmp_path / "depth.svg")
+    assert "depth (0: outermost)" in (tmp_path / "depth.svg").read_text()

@@ -30,7 +30,7 @@ from vdmini_core.training.checkpoint import CheckpointManifest
 PARAMS = {
     "data": {"groups_per_class": 3},
     "encode": {"train_clips": 24, "test_clips": 12},
-    "sensitivity": {"clips": 2, "steps": 1, "latency_runs": 1},
+    "sensitivity": {"clips": 2, "steps": 1, "latency_runs": 1, "gate_clips": 4, "calibration_clips": 2},
     "distill": {
         "loop": {"max_steps": 6, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 1, "log_every": 1},
         "discriminator": {"warmup_steps": 1, "ramp_steps": 2},
@@ -90,6 +90,10 @@ def test_sensitivity_scores_every_block_and_every_pair(project: Path) -> None:
     )
     assert sum(s.kind == "pair" for s in report.scores) == 20
     assert all(s.parameters > 0 and s.flops > 0 and s.latency_ms > 0 for s in report.scores)
+    assert [s.name for s in report.scores if s.replaced] == ["D.1", "U.3", "D.1.0", "U.3.0"]
+    assert 0 < report.forward_flops < report.naive_forward_flops
+    assert not (project / ".scratch/sensitivity").exists() or not list((project / ".scratch/sensitivity").iterdir())
+    assert all((project / "artifacts/sensitivity" / name).is_file() for name in ("sensitivity.png", "depth.png"))
 
 
 def test_the_paper_layout_removes_at_least_38_percent(project: Path) -> None:
@@ -183,7 +187,7 @@ def test_a_watched_distillation_leaves_its_rows_a_page_and_pictures(project: Pat
     shutil.rmtree(trained)
     alarms = {"motion_collapse": 1000.0}
     distill = {**WATCHED, "keep": "best", "validation": {**WATCHED["validation"], "alarms": alarms}}
-    write_params(inside, distill=distill, sensitivity={**PARAMS["sensitivity"], "gate_clips": 4})
+    write_params(inside, distill=distill)
     try:
         run_stage("distill")
         report = read_json(inside / "artifacts/distill/validation.json", ValidationReport)
@@ -214,9 +218,9 @@ def test_a_watched_distillation_leaves_its_rows_a_page_and_pictures(project: Pat
 
 @pytest.mark.parametrize("stage", ["distill", "evaluate"])
 def test_validation_is_refused_where_other_stages_use_all_test_clips(inside: Path, stage: str) -> None:
-    write_params(inside, distill=WATCHED)
+    write_params(inside, distill={**WATCHED, "validation": {**WATCHED["validation"], "clips": 6}})
     try:
-        with pytest.raises(ValueError, match=r"of the 12 that are encoded .* first 12; set encode\.test_clips to 66"):
+        with pytest.raises(ValueError, match=r"of the 12 that are encoded .* first 8; set encode\.test_clips to 14"):
             run_stage(stage)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

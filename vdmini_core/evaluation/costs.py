@@ -12,16 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vdmini_core.artifacts import Latency
 from vdmini_core.models import Condition, Denoiser
+from vdmini_core.models.shared_start import Cut
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the whole network, and per unit name."""
+    """Of the whole network, per unit name, and FLOPs per path of a module, those without any left out."""
 
     parameters: int
     flops: int
     unit_parameters: dict[str, int]
     unit_flops: dict[str, int]
+    module_flops: dict[str, int]
 
 
 def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Costs:
@@ -41,7 +43,19 @@ def count_costs(denoiser: Denoiser, latents: Tensor, condition: Condition) -> Co
         flops=counter.get_total_flops(),
         unit_parameters=unit_parameters(denoiser),
         unit_flops={u.name: sum(counts.get(prefix + path, 0) for path in u.modules) for u in denoiser.units},
+        module_flops={name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)},
     )
+
+
+def flops_without(denoiser: Denoiser, costs: Costs, cut: Cut) -> tuple[int, int]:
+    """FLOPs of a call with the cut's units bypassed: in full, and where it starts after the cut's prefix."""
+    of = costs.module_flops
+    chosen = [unit for unit in denoiser.units if {unit.name, unit.block} & set(cut.names)]
+    silent = sum(of.get(path, 0) for path in denoiser.silent_modules(cut.names))
+    # What stands in is as large as the shortcut in whose place it answers.
+    still = sum(of.get(path, 0) for unit in chosen for path in denoiser.running_in_bypass(unit))
+    full = costs.flops - silent + still
+    return full, full - sum(of.get(path, 0) for path in cut.prefix)
 
 
 def unit_parameters(denoiser: Denoiser) -> dict[str, int]:

@@ -22,8 +22,9 @@ GRID = 3
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the evaluator says of B clips: features [B, 64], logits per label."""
+    """What the evaluator says of B clips: content of single frames [B, T, 64], features [B, 64], logits per label."""
 
+    frames: Tensor
     content: Tensor
     motion: Tensor
     shape_logits: Tensor
@@ -71,10 +72,12 @@ class Evaluator(nn.Module):
     def forward(self, clips: Tensor) -> Judgement:
         batch, _, frames = clips.shape[:3]
         singles = clips.transpose(1, 2).flatten(0, 1)
-        content = self.scene(self.content(singles)).unflatten(0, (batch, frames)).mean(1)
+        of_frames = self.scene(self.content(singles)).unflatten(0, (batch, frames))
+        content = of_frames.mean(1)
         # The clip's mean frame carries the content; what is left is what moved.
         motion = self.motion(clips - clips.mean(2, keepdim=True)).amax((-2, -1)).mean(-1)
         return Judgement(
+            of_frames,
             content,
             motion,
             self.shape_head(content),

@@ -1,10 +1,10 @@
-"""Draws the sensitivity of every block and pair, the plan, and training curves, for files and for HTML pages."""
+"""Draws the plan and training curves, and writes figures to files and HTML pages in the house's colours."""
 
 import io
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
@@ -13,9 +13,8 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from vdmini_core.artifacts import Plan, Quality, SensitivityReport, UnitScore
+from vdmini_core.artifacts import Plan
 
 # Okabe and Ito's blue and vermilion differ for every common colour vision; motion is hatched as well.
 INK, PAPER, GRID = "#1b2331", "#fefefe", "#d6dae1"
@@ -31,7 +30,6 @@ PAGE_COLOURS = {
     REMOVED: "var(--removed)",
 }
 SUFFIXES = (".png", ".svg")
-PANEL_TITLES = {"block": "Whole blocks bypassed", "pair": "Single R-A pairs bypassed"}
 CURVES = {
     "train/student/total": "Student: total loss",
     "train/student/task": "Student: task loss",
@@ -39,71 +37,6 @@ CURVES = {
     "train/student/mca": "Student: multi-frame content adversarial (MCA)",
     "train/discriminator/total": "Discriminator: total loss",
 }
-
-
-def plot_sensitivity(report: SensitivityReport, target: Path, removed: Collection[str] = ()) -> None:
-    """Draw what bypassing each unit costs and what the unit itself costs; mark `removed` units.
-
-    The suffix of `target` (.png or .svg) chooses the format.
-    """
-    save_figure(sensitivity_figure(report, removed), target)
-
-
-def sensitivity_figure(report: SensitivityReport, removed: Collection[str] = ()) -> Figure:
-    """One column of panels per kind (block, pair): loss of quality, parameters, latency."""
-    if not report.scores:
-        raise ValueError("the sensitivity report holds no scores; run the sensitivity stage on at least one unit")
-    kinds = sorted({score.kind for score in report.scores})
-    columns = [[score for score in report.scores if score.kind == kind] for kind in kinds]
-    counts = [max(len(scores), 4) for scores in columns]
-    figure = Figure(figsize=(max(7.0, 0.46 * sum(counts)), 6.6), layout="constrained", facecolor=PAPER)
-    axes = figure.subplots(
-        3,
-        len(kinds),
-        squeeze=False,
-        sharey="row",
-        sharex="col",
-        gridspec_kw={"width_ratios": counts, "height_ratios": (2.4, 1, 1)},
-    )
-    gone = whole_removals(report.scores, removed)
-    with_accuracy = has_accuracies(report)
-    for column, (kind, scores) in enumerate(zip(kinds, columns, strict=True)):
-        top, middle, bottom = axes[:, column]
-        top.set_title(PANEL_TITLES.get(kind, kind), loc="left", fontsize=11, fontweight="bold", color=INK)
-        _draw_losses(top, scores, report.baseline, with_accuracy)
-        middle.bar(range(len(scores)), [score.parameters / 1e6 for score in scores], 0.6, color=COST)
-        bottom.bar(range(len(scores)), [score.latency_ms for score in scores], 0.6, color=COST)
-        for panel in (top, middle, bottom):
-            _finish(panel, scores, gone)
-    unit = "points" if with_accuracy else "toy Frechet distance,\nown evaluator"
-    axes[0, 0].set_ylabel(f"{'Drop in accuracy' if with_accuracy else 'Rise of distance'}\n({unit})", color=INK)
-    axes[1, 0].set_ylabel("Parameters\n(M)", color=INK)
-    axes[2, 0].set_ylabel("Latency\n(ms)", color=INK)
-    handles = [
-        Patch(facecolor=CONTENT, label="content"),
-        Patch(facecolor=MOTION, edgecolor=PAPER, hatch="////", label="motion"),
-    ]
-    if gone:
-        handles.append(Patch(facecolor=REMOVED, label="× removed by the plan"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, labelcolor=INK)
-    figure.align_ylabels()
-    return figure
-
-
-def has_accuracies(report: SensitivityReport) -> bool:
-    """Whether every accuracy is known; otherwise the distances have to speak."""
-    qualities = [report.baseline, *(score.quality for score in report.scores)]
-    return all(q.content_accuracy is not None and q.motion_accuracy is not None for q in qualities)
-
-
-def whole_removals(scores: Sequence[UnitScore], removed: Collection[str]) -> set[str]:
-    """`removed` and the blocks all of whose pairs are removed."""
-    gone = set(removed)
-    for block in (score.name for score in scores if score.kind == "block"):
-        pairs = [score.name for score in scores if score.kind == "pair" and score.name.startswith(f"{block}.")]
-        if pairs and set(pairs) <= gone:
-            gone.add(block)
-    return gone
 
 
 def plan_row(plan: Plan, depths: Mapping[str, int]) -> str:
@@ -196,45 +129,6 @@ def _svg_style() -> AbstractContextManager[None]:
 
 def _undated(kind: str) -> dict[str, Any] | None:
     return {"Date": None} if kind == "svg" else None
-
-
-def _draw_losses(axes: Axes, scores: Sequence[UnitScore], baseline: Quality, with_accuracy: bool) -> None:
-    losses = [loss_of_quality(score.quality, baseline, with_accuracy) for score in scores]
-    left, right = [i - 0.2 for i in range(len(scores))], [i + 0.2 for i in range(len(scores))]
-    axes.bar(left, [content for content, _ in losses], 0.38, color=CONTENT)
-    axes.bar(right, [motion for _, motion in losses], 0.38, color=MOTION, edgecolor=PAPER, hatch="////", linewidth=0)
-    axes.axhline(0, color=INK, linewidth=0.8)
-
-
-def loss_of_quality(quality: Quality, baseline: Quality, with_accuracy: bool) -> tuple[float, float]:
-    """(content, motion): accuracy lost in percentage points, or distance gained; positive is worse."""
-    if with_accuracy:
-        pairs = (
-            (baseline.content_accuracy, quality.content_accuracy),
-            (baseline.motion_accuracy, quality.motion_accuracy),
-        )
-        content, motion = (
-            100 * (before - after) for before, after in pairs if before is not None and after is not None
-        )
-        return content, motion
-    return (
-        quality.content_distance - baseline.content_distance,
-        quality.motion_distance - baseline.motion_distance,
-    )
-
-
-def _finish(axes: Axes, scores: Sequence[UnitScore], gone: set[str]) -> None:
-    """Ticks named by unit, removed units shaded and crossed."""
-    for index, score in enumerate(scores):
-        if score.name in gone:
-            axes.axvspan(index - 0.5, index + 0.5, color=REMOVED, linewidth=0, zorder=0)
-    names = [f"{score.name}\n×" if score.name in gone else score.name for score in scores]
-    upright = max(len(score.name) for score in scores) <= 5
-    axes.set_xticks(range(len(scores)), names, rotation=0 if upright else 90, fontsize=9)
-    for tick, score in zip(axes.xaxis.get_major_ticks(), scores, strict=True):
-        tick.label1.set_fontweight("bold" if score.name in gone else "normal")
-    axes.set_xlim(-0.6, len(scores) - 0.4)
-    plain_axes(axes)
 
 
 def plain_axes(axes: Axes) -> None:

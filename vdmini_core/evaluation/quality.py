@@ -12,6 +12,7 @@ from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.evaluation.evaluator import Evaluator, accuracies
 from vdmini_core.evaluation.metrics.frechet import frechet_distance
 from vdmini_core.models import Denoiser, Pipeline
+from vdmini_core.models.pipeline import Answering
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import SamplerSettings
 
@@ -34,6 +35,11 @@ class Judged:
         """The first `count` clips."""
         right = None if self.right is None else self.right[:count]
         return Judged(self.content[:count], self.motion[:count], right)
+
+    def joined(self, more: "Judged") -> "Judged":
+        """These clips and more of them."""
+        right = None if self.right is None or more.right is None else torch.cat([self.right, more.right])
+        return Judged(torch.cat([self.content, more.content]), torch.cat([self.motion, more.motion]), right)
 
 
 @torch.no_grad()
@@ -94,22 +100,29 @@ def generated_batches(
     description: str = "generate",
     keep: Callable[[Tensor], None] | None = None,
     first: int = 0,
+    noise_from: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Generate from `settings.clips` conditions; the i-th of them starts from noise of (seed, i).
+    """Generate from `settings.clips` conditions; the i-th of them starts from noise of (seed, noise_from + i).
 
     They are the encoded clips from `first` on. `keep(clips)` receives every decoded batch.
     """
-    device = pipeline.device
     batches = list(range(0, settings.clips, settings.batch_size))
     rows_of = data.batches(settings.clips, settings.batch_size, first)
     for start, rows in zip(track(batches, description, len(batches)), rows_of, strict=True):
-        latents = rows["latents"]
-        noise = partial(noise_for, settings.seed, range(start, start + len(latents)), latents.shape[1:], device)
-        with _precision(device, settings):
-            clips = pipeline.decode(pipeline.sample(denoiser, noise, condition_of(rows, device), settings.steps))
+        clips = generate(pipeline, denoiser, rows, noise_from + start, settings)
         if keep is not None:
             keep(clips)
         yield clips, rows["labels"]
+
+
+def generate(
+    pipeline: Pipeline, denoiser: Answering, rows: dict[str, Tensor], start: int, settings: SamplerSettings
+) -> Tensor:
+    """Clips [B, 3, T, H, W] in [-1, 1] from the conditions of `rows`, the i-th from the noise of (seed, start + i)."""
+    device, latents = pipeline.device, rows["latents"]
+    noise = partial(noise_for, settings.seed, range(start, start + len(latents)), latents.shape[1:], device)
+    with _precision(device, settings):
+        return pipeline.decode(pipeline.sample(denoiser, noise, condition_of(rows, device), settings.steps))
 
 
 def _precision(device: torch.device, settings: SamplerSettings) -> torch.autocast:

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Plan, Provenance, Quality, SensitivityReport
-from vdmini_core.evaluation.plots import has_accuracies, inline_svg, plan_row, sensitivity_figure, training_figures
+from vdmini_core.evaluation.plots import inline_svg, plan_row, training_figures
 from vdmini_core.evaluation.report_clips import gallery_row
 from vdmini_core.evaluation.report_rows import (
     NOT_AVAILABLE,
@@ -21,6 +21,7 @@ from vdmini_core.evaluation.report_rows import (
     scaled,
     waterfall,
 )
+from vdmini_core.evaluation.sensitivity_plots import depth_figure, sensitivity_figure
 
 TITLE = "What pruning took and recovery gave back"
 ROWS = ("teacher", "pruned", "recovered")
@@ -162,9 +163,9 @@ def _plan(plan: Plan, sensitivity: SensitivityReport) -> str:
 
 
 def _sensitivity(report: SensitivityReport, plan: Plan) -> str:
-    measure = "accuracy lost" if has_accuracies(report) else "rise of the toy Frechet distance (own evaluator)"
-    description = f"Bars per block and per pair: {measure} in content and motion when bypassed, parameters, latency."
+    description = "Bars per block and per pair: damage to content and motion when bypassed, parameters, latency."
     figure = inline_svg(sensitivity_figure(report, plan.removed), "sensitivity", description)
+    against = inline_svg(depth_figure(report), "depth", "Damage to content and to motion against depth.")
     base, teacher = report.baseline, report.teacher
     judged = (
         f"On {teacher.clips} clips: content {_percent(teacher.content_accuracy)}, "
@@ -172,10 +173,13 @@ def _sensitivity(report: SensitivityReport, plan: Plan) -> str:
     )
     gates = "; ".join(f"{name}: {'passed' if ok else 'failed'}" for name, ok in report.teacher_gates.items())
     return (
-        f"<p>Each unit of the intact teacher is bypassed alone, without training: {escape(measure)}, higher is worse. "
+        "<p>Each unit of the intact teacher is bypassed alone, without training. Damage is how far a clip moves from "
+        "the teacher's own of the same noise: 1 - cosine of the own evaluator's features of single frames (content) "
+        "and of the motion, with the bootstrap interval over prompts; higher is worse, 0 is no change. "
         f"The teacher itself on these {base.clips} clips: content {_percent(base.content_accuracy)}, "
-        f"motion {_percent(base.motion_accuracy)}.</p>"
+        f"motion {_percent(base.motion_accuracy)} right.</p>"
         f'<div class="plot wide scroll" tabindex="0" role="region" aria-label="Sensitivity plot">{figure}</div>'
+        f'<div class="plot wide scroll" tabindex="0" role="region" aria-label="Depth plot">{against}</div>'
         f'<p class="quiet">Teacher gates: {escape(gates) or "none recorded"}. {judged} '
         f"{escape(_chance_note([base]))}</p>"
         f"<details><summary>The same as a table</summary>{_scores_table(report)}</details>"
@@ -183,11 +187,16 @@ def _sensitivity(report: SensitivityReport, plan: Plan) -> str:
 
 
 def _scores_table(report: SensitivityReport) -> str:
-    headings = ("Unit", "Content accuracy", "Motion accuracy", "Content distance", "Motion distance")
-    head = "".join(f'<th scope="col">{name}</th>' for name in (*headings, "Parameters", "Latency"))
+    """A row a unit; those with fewer clips were decided early."""
+    judged = ("Clips, N", "Content accuracy", "Motion accuracy", "Content distance", "Motion distance")
+    headings = ("Unit", "Content damage", "Motion damage", *judged, "Parameters", "Latency")
+    head = "".join(f'<th scope="col">{name}</th>' for name in headings)
     body = "".join(
         f'<tr><th scope="row">{escape(score.name)}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in _quality(score.quality)[1:])
+        + "".join(
+            f"<td>{e.value:.2g} <small>[{e.low:.2g}–{e.high:.2g}]</small></td>" for e in (score.content, score.motion)
+        )
+        + "".join(f"<td>{cell}</td>" for cell in _quality(score.quality))
         + f"<td>{scaled(score.parameters)}</td><td>{score.latency_ms:.4g} ms</td></tr>"
         for score in report.scores
     )

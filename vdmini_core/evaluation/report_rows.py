@@ -183,8 +183,9 @@ def _bars(model: str, stages: Mapping[str, Latency], longest: float) -> str:
         start += 0.0 if name == WHOLE else latency.median_ms
         place = f"--from: {first / longest:.4f}; --share: {latency.median_ms / longest:.4f}"
         style = ' class="whole"' if name == WHOLE else ""
+        label = escape(STAGES.get(name, name.replace("_", " ")))
         items.append(
-            f"<li{style}><span>{escape(STAGES.get(name, name.replace('_', ' ')))}</span><span>{_milliseconds(latency)}</span>"
+            f"<li{style}><span>{label}</span><span>{_milliseconds(latency)}</span>"
             f'<i class="bar" style="{place}"></i></li>'
         )
     return f'<div><h3>{escape(model)}</h3><ul class="waterfall">{"".join(items)}</ul></div>'

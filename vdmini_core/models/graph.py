@@ -15,6 +15,9 @@ from torch import Tensor, nn
 Condition = dict[str, Tensor]
 """What a denoiser is told besides the noisy latents: named tensors with the clips in their first dimension."""
 
+StandIns = Mapping[str, Callable[..., Any]]
+"""Unit -> what its first module answers while the rest of it does nothing."""
+
 
 class IllegalPlan(ValueError):
     """The removal would not leave a working model; the message says why and what to do instead."""
@@ -94,12 +97,16 @@ class Denoiser(ABC):
         return {unit.name: self.model.get_submodule(unit.modules[-1]) for unit in self.units}
 
     @contextmanager
-    def bypass(self, names: Iterable[str]) -> Iterator[None]:
-        """Within the context the named units (or whole blocks) do nothing."""
+    def bypass(self, names: Iterable[str], stand_ins: StandIns | None = None) -> Iterator[None]:
+        """Within the context the named units (or whole blocks) do nothing, or what stands in for them answers."""
         with ExitStack() as stack:
-            for path, forward in self._silent(set(expand(names, self.units))).items():
+            for path, forward in self._silent(set(expand(names, self.units)), stand_ins or {}).items():
                 stack.enter_context(answering(self.model.get_submodule(path), forward))
             yield
+
+    def running_in_bypass(self, unit: Unit) -> tuple[str, ...]:
+        """Paths of the modules that bridge two widths while the unit does nothing; () where its input is passed on."""
+        return ()
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -127,9 +134,15 @@ class Denoiser(ABC):
         finally:
             self.model.disable_gradient_checkpointing()
 
-    def _silent(self, chosen: set[str]) -> dict[str, Callable[..., Any]]:
+    def _silent(self, chosen: set[str], stand_ins: StandIns) -> dict[str, Callable[..., Any]]:
         """Module path -> stand-in for its forward, for everything that falls silent with `chosen`."""
-        return {path: f for unit in self.units if unit.name in chosen for path, f in self.identity_of(unit).items()}
+        units = [unit for unit in self.units if unit.name in chosen]
+        silent = {path: forward for unit in units for path, forward in self.identity_of(unit).items()}
+        return silent | {unit.modules[0]: stand_ins[unit.name] for unit in units if unit.name in stand_ins}
+
+    def silent_modules(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Paths of the modules that a bypass of the named units (or whole blocks) touches."""
+        return tuple(self._silent(set(expand(names, self.units)), {}))
 
     def without(self, names: Iterable[str], *, shared: bool = False) -> Self:
         """A new, smaller network with its own copy of the weights, or `shared` ours; IllegalPlan where none exists.

@@ -20,6 +20,9 @@ ROLES = ("denoiser", "vae", "conditioner")
 Noise = Callable[[int], Tensor]
 """noise(k) is the k-th draw of standard normal noise [B, C, T, h, w]; 0 is where sampling starts."""
 
+Answering = Callable[[Tensor, Tensor, Condition], Tensor]
+"""What is sampled from: a Denoiser, or what answers in its place."""
+
 
 class ClipShape(Record):
     """vdmini.json in a pipeline folder: the clips that the model was made for."""
@@ -126,7 +129,7 @@ class Pipeline(ABC):
         """Frames, height and width in pixels that the stock pipeline makes unless told otherwise."""
 
     @abstractmethod
-    def sample(self, denoiser: Denoiser, noise: Noise, condition: Condition, steps: int) -> Tensor:
+    def sample(self, denoiser: Answering, noise: Noise, condition: Condition, steps: int) -> Tensor:
         """Latents [B, C, T', h, w] with the folder's own scheduler settings, without classifier-free guidance."""
 
 

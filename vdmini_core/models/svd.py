@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from vdmini_core.diffusion.process import VPrediction
-from vdmini_core.models.graph import Condition, Denoiser
+from vdmini_core.models.graph import Condition
 from vdmini_core.models.loading import UnusableModel, load_component
-from vdmini_core.models.pipeline import FramewisePipeline, Noise
+from vdmini_core.models.pipeline import Answering, FramewisePipeline, Noise
 from vdmini_core.models.unet import load_unet
 from vdmini_core.settings import EncodeSettings
 
@@ -83,7 +83,7 @@ class SVD(FramewisePipeline):
         return int(config.num_frames), side, side
 
     @torch.no_grad()
-    def sample(self, denoiser: Denoiser, noise: Noise, condition: Condition, steps: int) -> Tensor:
+    def sample(self, denoiser: Answering, noise: Noise, condition: Condition, steps: int) -> Tensor:
         """Euler steps over the folder's own noise levels; no classifier-free guidance."""
         self.scheduler.set_timesteps(steps)
         a, _ = self.process.shares(self.scheduler.sigmas[0])

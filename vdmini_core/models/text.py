@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, UMT5EncoderModel
 
 from vdmini_core.diffusion.process import EpsilonPrediction, FlowMatching
-from vdmini_core.models.graph import Condition, Denoiser, config_of
+from vdmini_core.models.graph import Condition, config_of
 from vdmini_core.models.loading import UnusableModel, load_component
-from vdmini_core.models.pipeline import FramewisePipeline, Noise, Pipeline
+from vdmini_core.models.pipeline import Answering, FramewisePipeline, Noise, Pipeline
 from vdmini_core.models.transformer import load_transformer
 from vdmini_core.models.unet import load_unet
 from vdmini_core.models.vae_facts import LatentShape
@@ -113,7 +113,7 @@ class TextToVideoUNet(FramewisePipeline):
         return self.stock_frames, height * pixels, width * pixels
 
     @torch.no_grad()
-    def sample(self, denoiser: Denoiser, noise: Noise, condition: Condition, steps: int) -> Tensor:
+    def sample(self, denoiser: Answering, noise: Noise, condition: Condition, steps: int) -> Tensor:
         """LCM where that is the folder's scheduler, DDIM at its timesteps where it is another.
 
         LCM's answer is x0 itself: its c_skip, below 1e-5 from timestep 20 on, is left out.
@@ -204,7 +204,7 @@ class Wan(Pipeline):
         return 81, 480, 832
 
     @torch.no_grad()
-    def sample(self, denoiser: Denoiser, noise: Noise, condition: Condition, steps: int) -> Tensor:
+    def sample(self, denoiser: Answering, noise: Noise, condition: Condition, steps: int) -> Tensor:
         """Euler steps over the folder's own noise levels, with its shift."""
         self.scheduler.set_timesteps(steps)
         t = self.scheduler.sigmas

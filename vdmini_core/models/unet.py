@@ -23,6 +23,7 @@ from vdmini_core.models.graph import (
     Condition,
     Denoiser,
     IllegalPlan,
+    StandIns,
     Unit,
     config_of,
     empty,
@@ -103,12 +104,20 @@ class UNetDenoiser(Denoiser):
                 answers[path] = _shortcut(self._resnet(unit), self._hidden_width(unit))
         return answers
 
-    def _silent(self, chosen: set[str]) -> dict[str, Callable[..., Any]]:
+    def running_in_bypass(self, unit: Unit) -> tuple[str, ...]:
+        """The shortcut of a pair between stages of different widths."""
+        resnet = self._resnet(unit)
+        if unit.block == "M" or self._hidden_width(unit) == int(resnet.out_channels):
+            return ()
+        nested = "spatial_res_block." if resnet is not self.model.get_submodule(unit.modules[0]) else ""
+        return (f"{unit.modules[0]}.{nested}conv_shortcut",)
+
+    def _silent(self, chosen: set[str], stand_ins: StandIns) -> dict[str, Callable[..., Any]]:
         """Also the samplers of inner stages that fall silent as a whole.
 
         Within them nothing changes the width either, if they give back the one they are given.
         """
-        silent = super()._silent(chosen)
+        silent = super()._silent(chosen, stand_ins)
         gone = self._inner_stages(chosen)
         for stage in gone:
             silent[f"down_blocks.{stage - 1}.downsamplers.0"] = first_argument

@@ -19,7 +19,8 @@ ASSUMPTIONS = (
     "distillation: AdamW with two float32 states, float32 gradients and a float32 average (EMA) of what is trained",
     "distillation: activations are what the student's turn of a step saves for its backward pass, in {precision}, "
     "batch {distill_batch}; gradients are counted in full beside them, so the sum is an upper bound of the two",
-    "sensitivity: float32 weights, and the most that one forward pass has alive at once, batch {sensitivity_batch}",
+    "sensitivity: float32 weights, and the most that one forward pass has alive at once, batch {sensitivity_batch}; "
+    "sensitivity.share_start keeps about one activation a unit beside them",
     "attention counts as a fused (flash) kernel, which stores no scores; FLOPs count it in full",
     "not included: the VAE, text and image encoders, the evaluator, the device's own context, fragmentation",
     "activations agree with what small models save on a CPU in float32; no accelerator was measured",
