@@ -5,6 +5,8 @@ from pathlib import Path
 import yaml
 
 from tasks._stage import STAGES, params_of
+from vdmini_core.artifacts import ValidationRow
+from vdmini_core.evaluation.plots import CURVES
 from vdmini_core.settings import load_params
 
 ROOT = Path(__file__).parent.parent
@@ -39,3 +41,14 @@ def test_stages_depend_on_earlier_stages_only() -> None:
 def test_every_code_dependency_exists() -> None:
     code = {dep for stage in RECIPE.values() for dep in stage["deps"] if not dep.startswith("artifacts/")}
     assert [dep for dep in sorted(code) if not (ROOT / dep).exists()] == []
+
+
+def test_plots_have_the_names_of_mlflows_metrics() -> None:
+    """Training logs its losses under the names in history.json, validation a row's fields behind `validation/`."""
+    logged = {f"validation/{field}": field for field in ValidationRow.model_fields} | {name: name for name in CURVES}
+    plots = {
+        name: plot for entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for name, plot in entry.items()
+    }
+    assert set(CURVES) <= set(plots)
+    for name, plot in plots.items():
+        assert list(plot["y"].values()) == [logged[name]]

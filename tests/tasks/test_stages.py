@@ -265,6 +265,35 @@ def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path)
     assert "stage plan runs in one process; start it without a launcher" in other.stderr
 
 
+def test_dvc_and_mlflow_show_the_same_names(project: Path, tmp_path: Path) -> None:
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    runs = {
+        run.info.run_name: run.data.metrics
+        for run in client.search_runs(
+            [client.get_experiment_by_name("vdmini").experiment_id], order_by=["attributes.start_time DESC"]
+        )
+    }
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text())
+    for name in ("evaluate/metrics.json", "distill/history.json"):
+        (tmp_path / "artifacts" / name).parent.mkdir(parents=True)
+        shutil.copy(project / "artifacts" / name, tmp_path / "artifacts" / name)
+    (tmp_path / "dvc.yaml").write_text(
+        yaml.safe_dump({"plots": recipe["plots"], "metrics": recipe["stages"]["evaluate"]["metrics"]})
+    )
+
+    def dvc(*words: str) -> str:
+        command = [sys.executable, "-m", "dvc", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    dvc("init", "--no-scm", "-q")
+    metrics = json.loads(dvc("metrics", "show", "--json"))[""]["data"]["artifacts/evaluate/metrics.json"]["data"]
+    assert metrics == pytest.approx(runs["evaluate"])
+    plots = json.loads(dvc("plots", "show", "--json"))["data"]
+    drawn = {name for name, plot in plots.items() if plot}
+    assert {"train/student/total", "train/student/task", "train/discriminator/total"} <= drawn
+    assert drawn <= set(runs["distill"])
+
+
 def test_an_illegal_plan_is_refused_before_anything_is_written(inside: Path) -> None:
     write_params(inside, plan={"method": "manual", "remove": ["D.0.1"]})
     try:

@@ -55,6 +55,12 @@ def read_clip(
 
 def frame_count(path: Path, *, fps: float | None) -> int:
     """Frames of a file at `fps` (None: its own), by its header where that tells, else by decoding it."""
+    count, own_fps = frames_and_fps(path)
+    return int((count - 1) * fps / own_fps + 1e-6) + 1 if fps and own_fps and count else count
+
+
+def frames_and_fps(path: Path) -> tuple[int, float]:
+    """A file's frames and frames a second; the latter 0 where it does not state them."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -64,7 +70,7 @@ def frame_count(path: Path, *, fps: float | None) -> int:
             count = stream.frames or sum(1 for _ in container.decode(stream))
     except (av.FFmpegError, OSError) as error:
         raise UnreadableVideo(f"{path} cannot be decoded: {error}") from error
-    return int((count - 1) * fps / own_fps + 1e-6) + 1 if fps and own_fps and count else count
+    return count, own_fps
 
 
 def codec_of(path: Path) -> str | None:

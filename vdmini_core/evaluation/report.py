@@ -1,6 +1,5 @@
 """Writes the evaluation as one self-contained HTML page: verdict, table, clips, plan, sensitivity, training."""
 
-import base64
 import json
 import math
 import os
@@ -13,16 +12,19 @@ from typing import Any
 
 from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Plan, Provenance, Quality, SensitivityReport
 from vdmini_core.evaluation.plots import inline_svg, plan_row, training_figures
+from vdmini_core.evaluation.report_clips import gallery_row
+from vdmini_core.evaluation.report_rows import (
+    NOT_AVAILABLE,
+    measure_text,
+    measures_table,
+    results_rows,
+    scaled,
+    waterfall,
+)
 from vdmini_core.evaluation.sensitivity_plots import depth_figure, sensitivity_figure
 
 TITLE = "What pruning took and recovery gave back"
-NOT_AVAILABLE = "n/a"
 ROWS = ("teacher", "pruned", "recovered")
-MEDIA_TYPES = {".png": "image/png", ".mp4": "video/mp4"}
-DISTANCE = "Toy Frechet distance (own evaluator)"
-# The template holds the table's head; these name the cells where a narrow screen shows rows as cards.
-COST_COLUMNS = ("Parameters", "FLOPs", "Latency, median [p10–p90]", "Peak memory")
-QUALITY_COLUMNS = ("Clips, N", "Content accuracy", "Motion accuracy", f"{DISTANCE}, content", f"{DISTANCE}, motion")
 
 
 def write_report(
@@ -44,11 +46,14 @@ def write_report(
         title=TITLE,
         verdict=escape(verdict(evaluation)),
         byline=_byline(evaluation),
-        warning=_warning(sensitivity),
+        warning=_warning(sensitivity) + _alarms(rows),
         tiles=_tiles(rows, evaluation.recovery),
-        rows=_table(rows, evaluation.floor),
+        rows=results_rows(rows, evaluation.floor),
+        measures=measures_table(rows),
+        waterfall=waterfall(rows),
         chance=escape(_chance_note([row.quality for row in evaluation.rows])),
-        gallery="".join(_clip(index, entry, clips) for index, entry in enumerate(evaluation.gallery, 1)),
+        protocol=escape(evaluation.protocol_digest),
+        gallery="".join(gallery_row(index, entry, clips) for index, entry in enumerate(evaluation.gallery, 1)),
         plan=_plan(plan, sensitivity),
         sensitivity=_sensitivity(sensitivity, plan),
         training=_training(training or []),
@@ -114,6 +119,15 @@ def _warning(sensitivity: SensitivityReport) -> str:
     )
 
 
+def _alarms(rows: Mapping[str, EvaluationRow]) -> str:
+    texts = [
+        f"<p><strong>{escape(row.name)}</strong>: {escape(text)}.</p>"
+        for row in rows.values()
+        for text in row.alarms.values()
+    ]
+    return f'<div class="warning" role="note">{"".join(texts)}</div>' if texts else ""
+
+
 def _tiles(rows: Mapping[str, EvaluationRow], recovery: Mapping[str, float | None]) -> str:
     teacher, student = rows["teacher"], rows["recovered"]
     tiles = [
@@ -124,62 +138,6 @@ def _tiles(rows: Mapping[str, EvaluationRow], recovery: Mapping[str, float | Non
         value = NOT_AVAILABLE if share is None else f"{share:.0%}".replace("-", "−")
         tiles.append((value, f"of the gap in {_recovery_name(key)} closed by recovery"))
     return "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for value, what in tiles)
-
-
-def _table(rows: Mapping[str, EvaluationRow], floor: Quality) -> str:
-    """The three rows and the floor; explicit roles keep it a table where CSS shows it as cards."""
-    body = []
-    for row in rows.values():
-        cells = [*_costs(row, rows["teacher"]), *_quality(row.quality)]
-        body.append(_row(row.name, "", "chosen" if row.name == "recovered" else "", cells))
-    body.append(_row("real versus real", "floor of the distances", "floor", ["", "", "", "", *_quality(floor)]))
-    return "".join(body)
-
-
-def _row(name: str, remark: str, style: str, cells: Sequence[str]) -> str:
-    remark = f"<small>{escape(remark)}</small>" if remark else ""
-    tds = "".join(
-        f'<td role="cell" data-label="{label}" class="{"" if cell else "empty"}"><span>{cell or "–"}</span></td>'
-        for label, cell in zip(COST_COLUMNS + QUALITY_COLUMNS, cells, strict=True)
-    )
-    head = f'<th scope="row" role="rowheader">{escape(name)}{remark}</th>'
-    return f'<tr role="row" class="{style}">{head}{tds}</tr>'
-
-
-def _costs(row: EvaluationRow, teacher: EvaluationRow) -> list[str]:
-    """Cells (HTML) of what the network costs, with ratios to the teacher.
-
-    Memory has none: on the CPU it is the process's peak so far, which grows from row to row.
-    """
-    median, p10, p90 = row.latency.median_ms, row.latency.p10_ms, row.latency.p90_ms
-    cells = (
-        (_scaled(row.parameters), row.parameters, teacher.parameters),
-        (_scaled(row.flops), row.flops, teacher.flops),
-        (f"{median:.4g} ms <small>[{p10:.4g}–{p90:.4g}]</small>", median, teacher.latency.median_ms),
-    )
-    texts = [t if row is teacher else f"{t}<small>{value / of:.2f}× teacher</small>" for t, value, of in cells]
-    return [*texts, f"{row.peak_memory_bytes / 2**20:.4g} MiB"]
-
-
-def _quality(quality: Quality) -> list[str]:
-    return [
-        str(quality.clips),
-        _percent(quality.content_accuracy),
-        _percent(quality.motion_accuracy),
-        f"{quality.content_distance:.4g}",
-        f"{quality.motion_distance:.4g}",
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return NOT_AVAILABLE if value is None else f"{value:.1%}"
-
-
-def _scaled(value: int) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return str(value)
 
 
 def _chance_note(qualities: Sequence[Quality]) -> str:
@@ -194,40 +152,12 @@ def _chance_note(qualities: Sequence[Quality]) -> str:
     )
 
 
-def _clip(index: int, entry: Mapping[str, str], clips: Path) -> str:
-    caption = f"Clip {index}" + (f": {entry['caption']}" if "caption" in entry else "")
-    tracks = []
-    for column, name in entry.items():
-        if column == "caption":
-            continue
-        source, text = _data_uri(clips / name), escape(f"{column}, {caption}")
-        if source.startswith("data:image"):
-            medium = f'<img src="{source}" alt="{text}">'
-        else:
-            medium = (
-                f'<video src="{source}" aria-label="{text}" muted loop playsinline controls preload="auto"></video>'
-            )
-        tracks.append(f"<figure>{medium}<figcaption>{escape(column)}</figcaption></figure>")
-    body = f'<div class="tracks">{"".join(tracks)}</div>'
-    return f'<figure class="clip"><figcaption>{escape(caption)}</figcaption>{body}</figure>'
-
-
-def _data_uri(path: Path) -> str:
-    if path.suffix not in MEDIA_TYPES:
-        raise ValueError(f"{path} cannot be embedded; the gallery takes {', '.join(MEDIA_TYPES)}")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is in the evaluation's gallery but does not exist; run the evaluate stage again"
-        )
-    return f"data:{MEDIA_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def _plan(plan: Plan, sensitivity: SensitivityReport) -> str:
     drawing = plan_row(plan, {score.name: score.depth for score in sensitivity.scores})
     return (
         f"<p>The plan ({escape(plan.method)}) removes {len(plan.removed)} of {len(plan.removed) + len(plan.kept)} "
-        f"units: {_scaled(plan.teacher_parameters)} → {_scaled(plan.student_parameters)} parameters, "
-        f"{_scaled(plan.teacher_flops)} → {_scaled(plan.student_flops)} FLOPs. "
+        f"units: {scaled(plan.teacher_parameters)} → {scaled(plan.student_parameters)} parameters, "
+        f"{scaled(plan.teacher_flops)} → {scaled(plan.student_flops)} FLOPs. "
         f"Removed units are struck out.</p>{drawing}"
     )
 
@@ -267,11 +197,25 @@ def _scores_table(report: SensitivityReport) -> str:
             f"<td>{e.value:.2g} <small>[{e.low:.2g}–{e.high:.2g}]</small></td>" for e in (score.content, score.motion)
         )
         + "".join(f"<td>{cell}</td>" for cell in _quality(score.quality))
-        + f"<td>{_scaled(score.parameters)}</td><td>{score.latency_ms:.4g} ms</td></tr>"
+        + f"<td>{scaled(score.parameters)}</td><td>{score.latency_ms:.4g} ms</td></tr>"
         for score in report.scores
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="Sensitivity table">{table}</div>'
+
+
+def _quality(quality: Quality) -> list[str]:
+    return [
+        str(quality.clips),
+        _percent(quality.content_accuracy),
+        _percent(quality.motion_accuracy),
+        f"{quality.content_distance:.4g}",
+        f"{quality.motion_distance:.4g}",
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return measure_text("accuracy", value)
 
 
 def _training(records: Sequence[Mapping[str, float]]) -> str:
