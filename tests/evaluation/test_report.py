@@ -23,6 +23,7 @@ from vdmini_core.artifacts import (
 )
 from vdmini_core.data.video import write_video
 from vdmini_core.evaluation.report import verdict, write_report
+from vdmini_core.evaluation.report_rows import measures_table, waterfall
 from vdmini_core.evaluation.sensitivity_plots import depth_figure, plot_depth, plot_sensitivity
 
 PROVENANCE = Provenance(
@@ -317,3 +318,31 @@ def test_the_depth_plot_has_every_single_unit_once_in_both_panels(tmp_path: Path
     assert sorted(points.get_ydata()) == pytest.approx(sorted(single.values()))
     plot_depth(report, tmp_path / "depth.svg")
     assert "depth (0: outermost)" in (tmp_path / "depth.svg").read_text()
+
+
+def test_time_and_further_measures_are_shown_only_where_they_were_taken() -> None:
+    rows = {row.name: row for row in make_evaluation().rows}
+    assert waterfall(rows) == measures_table(rows) == ""
+
+    def timed(runs: int) -> str:
+        def stages(denoiser_ms: float) -> dict[str, Latency]:
+            parts = {"denoiser": denoiser_ms, "vae_decode": 100.0, "end_to_end": denoiser_ms + 100}
+            return {name: Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, runs=runs) for name, ms in parts.items()}
+
+        return waterfall({name: rows[name].model_copy(update={"stages": stages(100 * len(name))}) for name in rows})
+
+    assert "takes 1.25 times as long" in timed(30)  # (900 + 100) / (700 + 100)
+    assert "times as long" not in timed(29)
+    assert "--from: 0.7000; --share: 0.1000" in timed(29)  # the teacher's decoder, of the longest row's 1000 ms
+
+
+def test_alarms_and_intervals_of_every_row_are_said(tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    found = {"content_accuracy": Estimate(value=0.891, low=0.83, high=0.94), "psnr": Estimate(value=9, low=8, high=11)}
+    row = evaluation.rows[2].model_copy(update={"intervals": found, "alarms": {"flicker": "clips <flicker>"}})
+    evaluation = evaluation.model_copy(update={"rows": (*evaluation.rows[:2], row)})
+    write_report(tmp_path / "report.html", evaluation, make_sensitivity(), make_plan(), tmp_path, None)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "<strong>recovered</strong>: clips &lt;flicker&gt;." in page
+    assert "89.1% <small>[83.0–94.0%]</small>" in page
+    assert '<th scope="row">PSNR, dB (higher is closer)</th><td>9 <small>[8–11]</small></td>' in page
