@@ -290,10 +290,10 @@ class EvaluateSettings(SamplerSettings):
 
     latency_runs: int = Field(30, ge=30)
     latency_warmup: int = Field(5, ge=1)
-    end_to_end_runs: int = Field(6, ge=1, description="clips made to time their parts; a ratio of these needs 30")
+    end_to_end_runs: int = Field(3, ge=1, description="clips made to time their parts; a ratio of these needs 30")
     gallery: int = Field(6, ge=1, description="clips shown in the report")
     diversity: int = Field(
-        8, ge=0, description="conditions of which clips are made from further seeds as well; 0: none"
+        6, ge=0, description="conditions of which clips are made from further seeds as well; 0: none"
     )
     diversity_seeds: int = Field(2, ge=2, description="seeds of each of those conditions, all in all")
     perceptual: tuple[Literal["lpips", "dreamsim"], ...] = Field(

@@ -115,7 +115,7 @@ def test_clips_are_not_kept_beyond_their_batch(tiny_pipeline: SVD, data: LatentC
 def report(
     tiny_pipeline: SVD, data: LatentCache, evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory
 ) -> EvaluationReport:
-    """The tiny teacher, which is also the recovered student. Peak memory is left to the stages' tests."""
+    """The tiny teacher, also as the recovered student. Peak memory, in processes, is left to the stages' tests."""
     folder = tmp_path_factory.mktemp("students")
     save_denoiser(tiny_pipeline.denoiser.without(("M",)), folder / "pruned")
     settings = SETTINGS.model_copy(update={"latency_runs": 2, "latency_warmup": 0})  # fewer than may be set

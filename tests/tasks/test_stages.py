@@ -134,6 +134,11 @@ def test_evaluation_has_three_rows_a_floor_and_a_page(project: Path) -> None:
     assert [row.name for row in report.rows] == ["teacher", "pruned", "recovered"]
     assert all(row.latency.runs >= 30 and row.peak_memory_bytes > 0 for row in report.rows)
     assert report.floor.content_distance > 0
+    assert all({"content_accuracy", "motion_diversity"} <= set(row.intervals) for row in report.rows)
+    assert all({"psnr", "ssim", "flow_error", "flow_ratio"} <= set(row.intervals) for row in report.rows[1:])
+    assert {tuple(row.stages) for row in report.rows} == {("encoder", "denoiser", "vae_decode", "end_to_end")}
+    metrics = json.loads((project / "artifacts/evaluate/metrics.json").read_text())
+    assert metrics["paired/ssim/pruned"] == report.rows[1].intervals["ssim"].value
     assert "<video" in (project / "artifacts/evaluate/report.html").read_text()
 
 

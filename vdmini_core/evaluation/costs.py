@@ -153,7 +153,7 @@ def measure_latencies(
 
 def latency_of(values: list[float]) -> Latency:
     """Median and outer deciles of timed calls, in milliseconds."""
-    deciles = statistics.quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
+    deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
     return Latency(median_ms=statistics.median(values), p10_ms=deciles[0], p90_ms=deciles[8], runs=len(values))
 
 
