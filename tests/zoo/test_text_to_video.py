@@ -44,8 +44,10 @@ def test_every_weight_of_the_unet_learns(unet: UNetDenoiser) -> None:
         optimizer.zero_grad()
         fresh(x, torch.tensor([500]), told).square().mean().backward()
         optimizer.step()
-    still = [name for name, p in fresh.model.named_parameters() if not p.grad.any()]
-    assert still == []
+    still = {name for name, p in fresh.model.named_parameters() if not p.grad.any()}
+    # The innermost grid is a single place, which attends to itself whatever the queries and keys are.
+    alone = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert still <= {f"{alone}.to_q.weight", f"{alone}.to_k.weight"}
 
 
 def test_the_papers_layout_takes_over_a_third_of_the_unet(unet: UNetDenoiser) -> None:
