@@ -1,5 +1,6 @@
 """What networks cost: FLOPs against counts by hand, and how latency is taken."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -136,16 +137,35 @@ def test_the_time_of_parts_is_that_of_the_faster_half_of_the_calls(
         return next(whole_ms)
 
     monkeypatch.setattr(costs, "elapsed_ms", timed)
-    monkeypatch.setattr(UNetDenoiser, "__call__", lambda unet, *args: [part(None) for part in stand_ins])
+    stages = []
+    for path in (path for piece in tiny_unet.pieces for path in piece.modules):
+        sampler, stage = (tiny_unet.model.get_submodule(path.rsplit(".", up)[0]) for up in (0, 2))
+        monkeypatch.setattr(sampler, "forward", lambda value: value)
+        monkeypatch.setattr(stage, "forward", sampler.__call__)
+        stages.append(stage)
+    monkeypatch.setattr(UNetDenoiser, "__call__", lambda unet, *args: [stage(None) for stage in stages])
     clock = iter(range(10**6))
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock) / 1000)
-    stand_ins = [tiny_unet.model.get_submodule(path) for part in tiny_unet.pieces for path in part.modules]
-    for module in stand_ins:
-        monkeypatch.setattr(module, "forward", lambda value: value)
     found = costs.measure_parts(tiny_unet, *inputs, runs=5, warmup=0)
     assert found.whole_ms == (5 + 7 + 9) / 3
     assert [found.parts[piece.name] for piece in tiny_unet.pieces] == pytest.approx([2.0, 2.0, 2.0])
     assert found.parts["M"] == 0
+
+
+def test_what_a_stage_does_before_a_part_is_the_parts(
+    tiny_unet: UNetDenoiser, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = tiny_unet.model.up_blocks[-1]
+    forward, joined = stage.forward, 0.05
+
+    def slower(*args: object, **named: object) -> object:
+        time.sleep(joined)
+        return forward(*args, **named)
+
+    monkeypatch.setattr(stage, "forward", slower)
+    spent = measure_units(tiny_unet, *inputs, runs=1, warmup=0)
+    first = next(unit.name for unit in tiny_unet.units if unit.block == tiny_unet.blocks[-1])
+    assert spent[first] > joined * 1000 > spent[tiny_unet.units[-1].name]
 
 
 def test_every_unit_gets_a_time_and_no_hook_stays(tiny_unet: UNetDenoiser, inputs: Inputs) -> None:

@@ -173,39 +173,46 @@ def measure_units(
 def measure_parts(
     denoiser: Denoiser, latents: Tensor, condition: Condition, *, runs: int, warmup: int = 2
 ) -> PartLatencies:
-    """Milliseconds of whole forward calls, and inside each unit and piece during them, each waited for.
+    """Milliseconds of whole forward calls, and of each unit and piece during them, each waited for.
 
+    What a stage does before a part, such as joining it to a skip connection, goes with the part, and is the part's.
     Means over the faster half of the calls: medians of parts would not add up on a machine that is busy now and then.
     """
     device = next(denoiser.model.parameters()).device
     parts: list[Unit | Piece] = [*denoiser.units, *denoiser.pieces]
     found: list[PartLatencies] = []
-    started: dict[str, float] = {}
+    since: dict[str, float] = {}
     total: dict[str, float] = defaultdict(float)
 
-    def before(name: str) -> Callable[..., None]:
+    def entering(stage: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object) -> None:
             synchronise(device)
-            started[name] = time.perf_counter()
+            since[stage] = time.perf_counter()
 
         return hook
 
-    def after(name: str) -> Callable[..., None]:
+    def after(name: str, stage: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             synchronise(device)
-            total[name] += (time.perf_counter() - started[name]) * 1000
+            now = time.perf_counter()
+            total[name] += (now - since[stage]) * 1000
+            since[stage] = now
 
         return hook
 
     times = torch.zeros(len(latents), device=device)
     handles = []
+    stages: dict[str, nn.Module] = {}
     for part in parts:
         for path in part.modules:
-            module = denoiser.model.get_submodule(path)
-            handles += [
-                module.register_forward_pre_hook(before(part.name)),
-                module.register_forward_hook(after(part.name)),
-            ]
+            module, stage = denoiser.model.get_submodule(path), path.rsplit(".", 2)[0]
+            if stage == path or isinstance(denoiser.model.get_submodule(stage), nn.ModuleList):
+                stage, holder = path, module  # the part is called by the model itself, not by a stage
+            else:
+                holder = denoiser.model.get_submodule(stage)
+            stages[stage] = holder
+            handles.append(module.register_forward_hook(after(part.name, stage)))
+    handles += [holder.register_forward_pre_hook(entering(stage)) for stage, holder in stages.items()]
     try:
         with torch.no_grad():
             for run in range(warmup + runs):
