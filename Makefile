@@ -12,7 +12,7 @@ demo: env  ## the whole recipe on the built-in teacher, a report at the end
 	vdmini run
 
 test: env lint  ## all tests
-	python -m pytest tests
+	OMP_NUM_THREADS=1 python -m pytest tests -n 2 --dist loadfile
 
 lint: env  ## style, types, import directions
 	ruff format --check .
