@@ -15,7 +15,8 @@ from tasks._inputs import code_digest, evaluator, protocol, teacher_pipeline, te
 from tasks._stage import ARTIFACTS, SCRATCH, Context, end_on_sigterm, provenance, quieten, resources_explained
 from tasks._tracking import Tracker, open_tracker
 from tasks.distill import Pruned, fingerprint_of, inputs_of, pruned_student, recover
-from vdmini_core.artifacts import Provenance, json_digest, read_json, write_json
+from vdmini_core.artifacts import Provenance, SensitivityReport, json_digest, read_json, write_json
+from vdmini_core.evaluation.foresight import foresight, foresight_table
 from vdmini_core.evaluation.quality import quality_of
 from vdmini_core.evaluation.study import STAGE, UNITS, Arm, Part, Study, StudyRow, rank, study_metrics, study_report
 from vdmini_core.evaluation.study_pages import plot_study, ranking_table, study_table
@@ -25,6 +26,7 @@ from vdmini_core.pruning.surgery import save_denoiser
 from vdmini_core.settings import Params, load_params
 
 TABLE = "table"
+SENSITIVITY = ARTIFACTS / "sensitivity" / "report.json"
 
 
 def folder_of(study: Study) -> Path:
@@ -152,21 +154,35 @@ def network_of(context: Context, part: Part, pruned: Pruned, inputs: dict[str, s
 
 
 def write_table(parts: list[str], study: Study, params: Params, tracker: Tracker) -> None:
-    """Report, table and plot of the rows; of a probe the ranking too."""
+    """Report, table and plot of the rows; of a probe the ranking, and of all but ablations what units foresaw."""
     folder, rows = folder_of(study), [read_json(row_path(study, part), StudyRow) for part in parts]
     report = study_report(rows, study, made_from(rows, study))
     page = study_table(report)
     write_json(folder / "report.json", report)
-    if study.kind == "probe":
-        facts = {arm.name: student_folder(study, arm, params.distill.loop.seed) / "student.json" for arm in study.arms}
-        ranking = rank(report, {name: read_json(path, StudentFacts).removed for name, path in facts.items()})
-        write_json(folder / "ranking.json", ranking)
-        page = f"{ranking_table(ranking)}\n{page}"
+    if study.kind != "ablation":
+        removed = removed_by(study, params.distill.loop.seed)
+        if study.kind == "probe":
+            ranking = rank(report, {arm.name: removed[arm.name, params.distill.loop.seed] for arm in study.arms})
+            write_json(folder / "ranking.json", ranking)
+            page = f"{ranking_table(ranking)}\n{page}"
+        foreseen = foresight(report, removed, read_json(SENSITIVITY, SensitivityReport))
+        write_json(folder / "foresight.json", foreseen)
+        page += f"\n{foresight_table(foreseen)}"
     (folder / "table.md").write_text(page)
     plot_study(report, folder / "plot.png")
     tracker.log(study_metrics(report), 0)
     for file in ("report.json", "table.md", "plot.png"):
         tracker.artifact(folder / file)
+
+
+def removed_by(study: Study, first_seed: int) -> dict[tuple[str, int], tuple[str, ...]]:
+    """The units that the student of every trained arm and seed is without."""
+
+    def facts(arm: Arm, seed: int) -> StudentFacts:
+        return read_json(student_folder(study, arm, seed) / "student.json", StudentFacts)
+
+    seeds = range(first_seed, first_seed + study.seeds)
+    return {(arm.name, seed): facts(arm, seed).removed for arm in study.arms for seed in seeds}
 
 
 def made_from(rows: list[StudyRow], study: Study) -> Provenance:

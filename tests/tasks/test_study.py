@@ -15,9 +15,11 @@ import yaml
 from tasks import _study
 from tasks._study import run_part
 from tasks.distill import Pruned
+from tests.evaluation.test_report import make_sensitivity
 from tests.tiny import PROVENANCE, write_latents, write_pipeline
 from vdmini_core.artifacts import Plan, read_json, write_json
 from vdmini_core.distillation.preflight import DoesNotFit
+from vdmini_core.evaluation.foresight import Foresight
 from vdmini_core.evaluation.study import LOSSES, PAPER, Arm, Part, Ranking, Study, StudyRow
 from vdmini_core.models import load_denoiser
 from vdmini_core.models.verify import verify_teacher
@@ -60,6 +62,9 @@ def write_project(folder: Path) -> None:
     )
     write_json(artifacts / "plan" / "plan.json", plan)
     prune(denoiser, manifest, plan, artifacts / "prune", torch.float32)
+    sensitivity = make_sensitivity()
+    scores = tuple(sensitivity.scores[-1].model_copy(update={"name": unit.name}) for unit in denoiser.units)
+    write_json(artifacts / "sensitivity" / "report.json", sensitivity.model_copy(update={"scores": scores}))
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
 
 
@@ -227,7 +232,10 @@ def test_a_probe_makes_its_students_trains_them_alike_and_ranks_them(project: Pa
     assert row("paper-seed3", study).parameters < row("middle-pruned", study).parameters
     assert row("teacher", study).parameters > row("middle-pruned", study).parameters
     assert row("middle-pruned", study).steps == 0
-    assert "| rank | plan |" in (project / "artifacts/probe/table.md").read_text()
+    page = (project / "artifacts/probe/table.md").read_text()
+    assert "| rank | plan |" in page
+    assert "| content damage |" in page
+    assert read_json(project / "artifacts/probe/foresight.json", Foresight).students == 2
     assert facts(study, "middle").parameters == row("middle-seed3", study).parameters
 
 
