@@ -241,7 +241,7 @@ def test_the_real_recipe_gives_the_same_digests_on_the_same_machine(tmp_path: Pa
     """Every stage twice, on budgets of seconds: in a clone of the project, and again from its registry."""
     folder = tmp_path / "checkout"
     git(ROOT, "clone", "--quiet", str(ROOT), str(folder))
-    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    (folder / "params.yaml").write_text(yaml.safe_dump({**dict.fromkeys(STAGES, {}), **PARAMS}))
     environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     subprocess.run(
         [sys.executable, "-m", "dvc", "repro"], cwd=folder, check=True, env={**environment, "OMP_NUM_THREADS": "2"}
