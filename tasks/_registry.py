@@ -51,8 +51,9 @@ def register_model(
         raise FileNotFoundError(f"{source_folder} is not a folder; register a stage's output folder")
     if run_id is None and tracking_uri().startswith("http"):
         raise ConnectionError(
-            f"expected a run on {tracking_uri()} to register from, got none: the server did not answer when the "
-            "stage began; start it with `vdmini up` and run the stage again, or unset MLFLOW_TRACKING_URI"
+            f"expected a run on {tracking_uri()} to register from, got none: the server did not answer, or "
+            "refused, when the stage began; start it with `vdmini up`, or set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD for one with accounts, and run the stage again, or unset MLFLOW_TRACKING_URI"
         )
     folder, root = source_folder.resolve(), project_root().resolve()
     place = folder.relative_to(root) if folder.is_relative_to(root) else folder
