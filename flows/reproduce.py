@@ -21,6 +21,7 @@ from tasks._registry import find_version
 from vdmini_core.artifacts import Record, read_json, write_json
 
 TARGET = "register"
+COMPARED = ("data_digest", "teacher_digest", "removed", "protocol_digest", "model_digest")
 DVC = (sys.executable, "-m", "dvc")
 # What the environment of a reproduction must not inherit: servers and runs of the present, and numbers of threads.
 FOREIGN = ("MLFLOW_", "PREFECT_", "VDMINI_", "MKL_")
@@ -215,9 +216,6 @@ def compare(lineage: Lineage, metrics: dict[str, float], folder: Path, tolerance
     if same:
         return Comparison("same", tuple(lines))
     return Comparison("metrics agree" if pairs and not outside else "different", tuple(lines))
-
-
-COMPARED = ("data_digest", "teacher_digest", "removed", "protocol_digest", "model_digest")
 
 
 def _line(name: str, was: Any, made: Any) -> str:
