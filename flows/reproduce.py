@@ -84,47 +84,59 @@ def _record(folder: Path) -> Path:
 
 
 def _prepare(begun: Begun, root: Path, folder: Path, say: Say) -> None:
-    """The clone at the commit with the registered params.yaml, and what is fetched instead of computed."""
+    """The clone at the commit with the registered params.yaml and what is fetched instead of computed, or nothing."""
     lineage = begun.lineage
     if lineage.commit is None or lineage.params is None:
         raise ValueError(f"{begun.uri} cannot be made again: its lineage has no commit or no params.yaml")
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    say(f"commit {lineage.commit[:12]} into {folder}")
-    _git(draft, "init", "--quiet")
-    serve = "git -c uploadpack.allowAnySHA1InWant=true upload-pack"  # the commit of a branch that is gone, too
     try:
-        _git(draft, "fetch", "--quiet", "--update-shallow", f"--upload-pack={serve}", str(root), lineage.commit)
+        say(f"commit {lineage.commit[:12]} into {folder}")
+        _clone(root, lineage.commit, draft)
+        (draft / "params.yaml").write_text(lineage.params)
+        _begin(begun, root, draft, say)
+        write_json(_record(draft), begun)
+        if folder.is_dir():
+            folder.rmdir()
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _clone(root: Path, commit: str, folder: Path) -> None:
+    """One commit of `root`, also that of a branch which is gone."""
+    folder.mkdir(parents=True)
+    _git(folder, "init", "--quiet")
+    serve = "git -c uploadpack.allowAnySHA1InWant=true upload-pack"
+    try:
+        _git(folder, "fetch", "--quiet", "--update-shallow", f"--upload-pack={serve}", str(root), commit)
     except subprocess.CalledProcessError as error:
         raise ValueError(
-            f"{root} has no commit {lineage.commit} ({error.stderr.strip().splitlines()[-1]}); "
+            f"{root} has no commit {commit} ({error.stderr.strip().splitlines()[-1]}); "
             "`git fetch` it from where the model was registered"
         ) from None
-    _git(draft, "checkout", "--quiet", "--detach", lineage.commit)
-    (draft / "params.yaml").write_text(lineage.params)
-    own = root / ".dvc" / "config.local"
+    _git(folder, "checkout", "--quiet", "--detach", commit)
+
+
+def _begin(begun: Begun, root: Path, folder: Path, say: Say) -> None:
+    """Check the code, and leave in dvc.lock only the stages before `begun.start`, whose results are fetched."""
+    lineage, own, stages = begun.lineage, root / ".dvc" / "config.local", _stages(folder)
+    if begun.start not in stages:
+        raise ValueError(f"expected --start to be one of {', '.join(stages)}, got {begun.start!r}")
     if own.is_file():  # access to remotes; a link, so that no secret is copied
-        (draft / ".dvc" / "config.local").symlink_to(own)
-    graph = _stages(draft)
-    if begun.start not in graph:
-        raise ValueError(f"expected --start to be one of {', '.join(graph)}, got {begun.start!r}")
+        (folder / ".dvc" / "config.local").symlink_to(own)
     if lineage.dvc_lock is not None:
-        (draft / "dvc.lock").write_text(lineage.dvc_lock)
-        _check_code(begun.uri, lineage, draft)
+        (folder / "dvc.lock").write_text(lineage.dvc_lock)
+        _check_code(begun.uri, lineage, folder)
         entries = yaml.safe_load(lineage.dvc_lock)
-        earlier = graph[: graph.index(begun.start)]
+        earlier = stages[: stages.index(begun.start)]
         entries["stages"] = {name: entry for name, entry in entries["stages"].items() if name in earlier}
-        (draft / "dvc.lock").write_text(yaml.safe_dump(entries, sort_keys=False))
-        _fetch(list(entries["stages"]), root, draft, say)
+        (folder / "dvc.lock").write_text(yaml.safe_dump(entries, sort_keys=False))
+        _fetch(list(entries["stages"]), root, folder, say)
     elif lineage.changed:
         raise ValueError(
             f"{begun.uri} cannot be made again: {', '.join(lineage.changed)} differed from commit {lineage.commit}"
         )
-    write_json(_record(draft), begun)
-    if folder.is_dir():
-        folder.rmdir()
-    draft.rename(folder)
 
 
 def _check_code(uri: str, lineage: Lineage, folder: Path) -> None:
