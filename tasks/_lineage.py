@@ -249,12 +249,17 @@ def _stage_lines(stages: dict[str, StageRun] | None) -> list[str]:
         return [f"stages      {MISSING}"]
     rows = [("stage", "run", "commit", "threads", "results", "machine")]
     rows += [
-        (name, run.run_id, run.commit and run.commit[:12], run.threads, run.outputs and run.outputs[:12], run.machine)
+        (name, run.run_id, run.commit and run.commit[:12], run.threads, run.outputs and run.outputs[:12], _machine(run))
         for name, run in stages.items()
     ]
     texts = [[MISSING if value is None else str(value) for value in values] for values in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     return ["  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip() for cells in texts]
+
+
+def _machine(run: StageRun) -> str | None:
+    several = run.processes is not None and run.processes > 1
+    return f"{run.processes} processes on {run.machine}" if several else run.machine
 
 
 def software_lines(lineage: Lineage) -> list[str]:
