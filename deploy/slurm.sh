@@ -3,7 +3,7 @@
 #
 #     mkdir -p .scratch && sbatch --export=ALL,VDMINI_POOL=gpu deploy/slurm.sh    # in a clone that no one edits
 #
-# A run that is cut off by the time limit is ordered again and goes on from its last checkpoint.
+# A run that the time limit cuts off is ordered again, and goes on from its last checkpoint in the DVC remote.
 #SBATCH --job-name=vdmini-worker
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -22,10 +22,21 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 
-# SLURM signals this shell two minutes before the end: the worker then stops its run, which saves a checkpoint.
 .venv/bin/vdmini worker --pool "$VDMINI_POOL" &
 worker=$!
-trap 'kill -TERM "$worker"' TERM
+
+# SLURM signals this shell two minutes before the end. The run is told first, which sends its last checkpoint: a worker
+# that is told first kills it.
+# shellcheck disable=SC2329 # called by the trap
+stop() {
+    pkill -TERM -P "$worker" || true
+    for _ in {1..90}; do
+        pgrep -P "$worker" >/dev/null || break
+        sleep 1
+    done
+    kill -TERM "$worker"
+}
+trap stop TERM
 code=0
 wait "$worker" || code=$?
 while kill -0 "$worker" 2>/dev/null; do

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +264,33 @@ def test_the_slurm_job_asks_for_a_gpu_and_limits_and_stops_in_order() -> None:
     assert options["signal"] == "B:TERM@120"
 
 
-def test_the_slurm_job_starts_a_worker_and_hands_it_the_end(tmp_path: Path) -> None:
+WORKER = """
+import os, signal, subprocess, sys
+
+def note(text):
+    with open("called.txt", "a") as stream:
+        stream.write(text + "\\n")
+
+def stop(number, frame):
+    note(sys.argv[0] + " told")
+    sys.exit(3)
+
+signal.signal(signal.SIGTERM, stop)
+if sys.argv[1:] == ["run"]:
+    open("ready", "w")
+else:
+    note(" ".join(sys.argv[1:]) + ", threads " + os.environ["OMP_NUM_THREADS"])
+    subprocess.Popen([sys.executable, "-c", open(sys.argv[0]).read().replace("sys.argv[0]", "'run'"), "run"]).wait()
+while True:
+    signal.pause()
+"""
+
+
+def test_the_slurm_job_starts_a_worker_and_tells_its_run_of_the_end_first(tmp_path: Path) -> None:
     """With a stand-in for the command, as the shell of a job runs it."""
     worker = tmp_path / ".venv/bin/vdmini"
     worker.parent.mkdir(parents=True)
-    worker.write_text(
-        "#!/bin/sh\necho \"$@\" threads $OMP_NUM_THREADS > called.txt\ntrap 'echo saved >> called.txt; exit 3' TERM\n"
-        "touch ready; while :; do sleep 0.05; done\n"
-    )
+    worker.write_text(f"#!{sys.executable}{WORKER}")
     worker.chmod(0o755)
     values = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "8"}
     addresses = {"PREFECT_API_URL": "http://p/api", "MLFLOW_TRACKING_URI": "http://m", "VDMINI_POOL": "a100"}
@@ -278,8 +298,9 @@ def test_the_slurm_job_starts_a_worker_and_hands_it_the_end(tmp_path: Path) -> N
         while not (tmp_path / "ready").exists():
             assert job.poll() is None
         job.terminate()
-        assert job.wait(timeout=20) == 3
-    assert (tmp_path / "called.txt").read_text() == "worker --pool a100 threads 8\nsaved\n"
+        assert job.wait(timeout=30) == 3
+    lines = (tmp_path / "called.txt").read_text().splitlines()
+    assert lines == ["worker --pool a100, threads 8", "run told", ".venv/bin/vdmini told"]
     refused = subprocess.run(["bash", str(DEPLOY / "slurm.sh")], env=values, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "PREFECT_API_URL: export it in the shell that calls sbatch" in refused.stderr
