@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from flows import measure
+from flows.cli_registry import registry
 from flows.cli_studies import studies
 from flows.plan_command import plan
-from flows.terminal import RUN, explained, flow_explained, prepare_flow
+from flows.terminal import LOOK, RUN, explained, flow_explained, prepare_flow
 
-SERVICES, LOOK, MEASURE = "Services on this machine", "Look", "Measure what is there"
+SERVICES, MEASURE = "Services on this machine", "Measure what is there"
 
 app = typer.Typer(
     name="vdmini",
@@ -99,6 +100,7 @@ def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as
 
 
 app.add_typer(studies)
+app.add_typer(registry)
 
 
 @app.command(rich_help_panel=RUN)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-RUN = "Run the recipe"
+RUN, LOOK = "Run the recipe", "Look"
 
 
 @contextmanager

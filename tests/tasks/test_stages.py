@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from flows.cli import app
+from tasks._lineage import lineage_of
 from tasks._stage import STAGES, run_stage
+from tests import planted
 from vdmini_core.artifacts import (
     DataManifest,
     EvaluationReport,
@@ -51,17 +54,34 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder in which every stage has run once, in order."""
     folder = tmp_path_factory.mktemp("project")
     write_params(folder)
-    before = Path.cwd()
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **planted.SECRETS}.items():
+            patch.setenv(name, value)
         for stage in STAGES:
             run_stage(stage)
-    finally:
-        os.chdir(before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        del os.environ["MLFLOW_TRACKING_URI"]
     return folder
+
+
+def test_no_stage_and_no_registration_writes_a_secret_of_the_environment(project: Path) -> None:
+    assert planted.files_with_secrets(project) == []
+    (project / "leak.txt").write_text(f"token={planted.SECRETS['HF_TOKEN']}")
+    assert planted.files_with_secrets(project) == ["leak.txt: HF_TOKEN"]
+    (project / "leak.txt").unlink()
+
+
+def test_the_registered_version_leads_to_every_fact(inside: Path) -> None:
+    found = lineage_of("models:/vdmini@champion")
+    assert found.params == (inside / "params.yaml").read_text()
+    assert found.stages is not None
+    assert list(found.stages) == list(STAGES)
+    runs = [run.run_id for run in found.stages.values()]
+    assert len(set(runs)) == len(STAGES)
+    assert found.stages["distill"].threads == torch.get_num_threads()
+    assert found.results.model_digest == folder_digest(inside / "artifacts/register/model")
+    assert "unet/diffusion_pytorch_model.safetensors" in (found.results.model_files or {})
+    assert set(found.missing()) == {"commit", "changed", "dvc_lock"}  # this folder has neither git nor DVC
 
 
 @pytest.fixture
