@@ -1,5 +1,6 @@
-"""The cluster's parts: processes that are started, killed and stopped, servers, and clones with their own environments."""
+"""The cluster's parts: processes that are started, killed and stopped, and clones with environments of their own."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ PATIENCE_S = 240.0
 
 
 def free_port() -> int:
+    """A port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -34,6 +36,7 @@ def wait_until(ready: Callable[[], object], what: str, patience_s: float = PATIE
 
 
 def answers(url: str) -> bool:
+    """Whether a server is there and well."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return bool(answer.status < 500)
@@ -92,10 +95,8 @@ class Service:
 
 
 def _send(process: psutil.Process, number: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 class Clone:

@@ -103,6 +103,7 @@ def training(site: Site, worker: int, steps: int = 8) -> None:
 
 
 def place(site: Site) -> Result:
+    """A stage on the pool, undisturbed."""
     result = Result("place", "distill placed on the pool and restored on the driver")
     inside = reference(site)["wall_s"]
     site.begin(result.scenario, ON_POOL)
@@ -116,6 +117,7 @@ def place(site: Site) -> Result:
 
 
 def worker_killed(site: Site) -> Result:
+    """The worker and all it runs are gone from one moment to the next."""
     result = Result("worker-killed")
     reference(site)
     site.begin(result.scenario, ON_POOL)
@@ -137,6 +139,7 @@ def worker_killed(site: Site) -> Result:
 
 
 def cancelled(site: Site) -> Result:
+    """Somebody presses Cancel, and orders it again."""
     result = Result("cancelled")
     reference(site)
     site.begin(result.scenario, ON_POOL)
@@ -170,6 +173,7 @@ def cancelled(site: Site) -> Result:
 
 
 def s3_down(site: Site) -> Result:
+    """The store is away, as inputs are sent and in training."""
     result = Result("s3-down", "S3 refuses connections for 20 s as inputs are sent, and for 20 s in training")
     undisturbed = reference(site)["wall_s"]
     site.begin(result.scenario, ON_POOL)
@@ -187,12 +191,14 @@ def s3_down(site: Site) -> Result:
 
 
 def outage(site: Site, seconds: float = 20.0) -> None:
+    """S3 refuses connections."""
     site.proxy.down()
     time.sleep(seconds)
     site.proxy.up()
 
 
 def s3_errors(site: Site) -> Result:
+    """The store is overloaded all the time."""
     result = Result("s3-errors")
     reference(site)
     site.begin(result.scenario, ON_POOL)
@@ -209,6 +215,7 @@ def s3_errors(site: Site) -> Result:
 
 
 def prefect_restarted(site: Site) -> Result:
+    """The server is killed in training and comes back."""
     result = Result("prefect-restarted")
     reference(site)
     site.begin(result.scenario, ON_POOL)
@@ -228,6 +235,7 @@ def prefect_restarted(site: Site) -> Result:
 
 
 def reachable(run: Run) -> bool:
+    """Whether Prefect answers."""
     try:
         return run.state() is not None
     except Exception:
@@ -235,6 +243,7 @@ def reachable(run: Run) -> bool:
 
 
 def mlflow_down(site: Site) -> Result:
+    """The tracking server is away in training."""
     result = Result("mlflow-down", "MLflow stopped for a minute in training")
     reference(site)
     site.begin(result.scenario, ON_POOL)
@@ -254,6 +263,7 @@ def mlflow_down(site: Site) -> Result:
 
 
 def disk_full(site: Site) -> Result:
+    """The worker has no room for a checkpoint."""
     result = Result("disk-full")
     reference(site)
     site.begin(result.scenario, ON_POOL)
@@ -286,6 +296,7 @@ def disk_full(site: Site) -> Result:
 
 
 def fan_out(site: Site) -> Result:
+    """The units of sensitivity over two workers, beside one process's answer."""
     result = Result("fan-out")
     file = site.folder / "serial.json"
     if not file.is_file():
@@ -337,11 +348,13 @@ def worker_spans(run: Run) -> dict[str, list[tuple[Any, Any]]]:
 
 
 def overlap(spans: list[tuple[Any, Any]]) -> bool:
+    """Whether one began before another ended."""
     ordered = sorted(spans)
-    return any(later[0] < earlier[1] for earlier, later in zip(ordered, ordered[1:], strict=False))
+    return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(ordered))
 
 
 def log_text(site: Site, run: Run) -> str:
+    """What the workers logged."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 
@@ -377,6 +390,7 @@ def training_pids(folder: Path) -> list[int]:
 
 
 def alive(pids: list[int]) -> bool:
+    """Whether one of them is left."""
     import psutil
 
     return any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)

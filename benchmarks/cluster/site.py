@@ -124,7 +124,9 @@ class Site:
         for clone in (self.driver, *self.workers):
             run(["git", "fetch", "-q", "origin"], clone.folder)
             run(["git", "checkout", "-q", "--force", "-B", "main", "origin/main"], clone.folder)
-        write_recipe(self.driver, {})
+        committed = yaml.safe_load((self.driver.folder / "params.yaml").read_text())
+        self.recipe = {name: {**section, **RECIPE.get(name, {})} for name, section in committed.items()}
+        self.write_recipe({})
         self.driver.call("-m", "dvc", "remote", "add", "-q", "-f", "-d", "store", f"s3://{BUCKET}/setup")
         endpoint = f"http://{HOST}:{self.ports['proxy']}"
         self.driver.call("-m", "dvc", "remote", "modify", "-q", "store", "endpointurl", endpoint)
@@ -159,7 +161,7 @@ class Site:
         if without:
             shutil.rmtree(self.driver.folder / ".dvc/cache/runs", ignore_errors=True)
         (self.driver.folder / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-        write_recipe(self.driver, resources)
+        self.write_recipe(resources)
 
     def worker(self, name: str, clone: Clone, pool: str) -> Service:
         """A worker of a pool in a clone; not started."""
@@ -200,6 +202,7 @@ class Site:
         """Whether the driver itself did the work of a stage."""
         return (self.driver.folder / ".scratch/tracking" / stage).exists()
 
-
-def write_recipe(clone: Clone, resources: dict[str, Any]) -> None:
-    (clone.folder / "params.yaml").write_text(yaml.safe_dump({**RECIPE, "resources": resources}, sort_keys=False))
+    def write_recipe(self, resources: dict[str, Any]) -> None:
+        """The driver's params.yaml: the commit's, with budgets of seconds, placed as `resources` says."""
+        text = yaml.safe_dump({**self.recipe, "resources": resources}, sort_keys=False)
+        (self.driver.folder / "params.yaml").write_text(text)
