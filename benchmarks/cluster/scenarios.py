@@ -1,5 +1,6 @@
 """What may go wrong, one scenario at a time: each says what happened, what is left, and how long it took to recover."""
 
+import itertools
 import json
 import subprocess
 import time
