@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from flows import placement, run_lock, transfers
+from flows.deployment import deploy
+from flows.full import vdmini
 from flows.graph import inputs_of, restore
 from flows.order import Order, check_out, order_of
 from flows.processes import StageFailed
@@ -34,6 +36,16 @@ stages:
     deps: [step.py, artifacts/prune]
     params: [distill]
     outs: [artifacts/distill]
+"""
+PREFECT = """
+name: clones
+deployments:
+  - name: gpu
+    entrypoint: flows/remote.py:stage
+    pull:
+      - flows.remote.enter_clone: {}
+    work_pool:
+      name: gpu
 """
 # A stage with checkpoints as distill has them: a count, and where it was started.
 STEP = """
@@ -89,6 +101,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (driver / "dvc.yaml").write_text(DVC)
     (driver / "step.py").write_text(STEP)
     (driver / "source.txt").write_text("source")
+    (driver / "prefect.yaml").write_text(PREFECT)
+    (driver / "flows").mkdir()
+    shutil.copy(ROOT / "flows/remote.py", driver / "flows/remote.py")
     (driver / ".gitignore").write_text("/artifacts/\n/.scratch/\n*.scratch\n/pace\n")
     (driver / "params.yaml").write_text(
         "distill: {loop: {max_steps: 1, batch_size: 1}}\nresources: {distill: {push_checkpoints_s: 0.2}}\n"
@@ -306,3 +321,27 @@ def test_what_is_up_to_date_or_in_the_cache_needs_no_worker(clones: Clones) -> N
     assert restore("prune", clones.driver, LOG) == "skipped"
     (clones.driver / "artifacts/prune/out.txt").unlink()
     assert restore("prune", clones.driver, LOG) == "restored"
+
+
+def test_the_flow_has_a_placed_stage_done_by_a_worker_of_the_pool(
+    clones: Clones, prefect_server: str, mlflow_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deployed, ordered and carried out by Prefect itself."""
+    monkeypatch.chdir(clones.driver)
+    for name, value in {"PREFECT_API_URL": prefect_server, "MLFLOW_TRACKING_URI": mlflow_file}.items():
+        monkeypatch.setenv(name, value)
+    text = (clones.driver / "params.yaml").read_text().replace("{distill: {", "{distill: {pool: gpu, ")
+    (clones.driver / "params.yaml").write_text(text)
+    deploy(clones.driver)
+    values = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "flows.cli", "worker", "--pool", "gpu", "--name", "first"]
+    with (clones.store.parent / "worker.log").open("w") as log:
+        worker = subprocess.Popen(words, cwd=clones.workers[0], env=values, stdout=log, stderr=log)
+    try:
+        assert vdmini() == {"prune": "skipped", "distill": "placed"}
+    finally:
+        worker.terminate()
+        worker.wait(60)
+    assert (clones.workers[0] / "ran-distill.scratch").exists()
+    assert not (clones.driver / "ran-distill.scratch").exists()
+    assert vdmini() == {"prune": "skipped", "distill": "skipped"}
