@@ -21,9 +21,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.process import ProcessWorker
 
+from flows.remote import CLONE
+
 HEARTBEAT_S = 30  # the least that Prefect allows
 SILENCE_S = 90  # three heartbeats
-LOST_WORKERS = "vdmini: lost workers"
+AUTOMATION = "vdmini: lost workers"
 
 
 def deploy(root: Path) -> None:
@@ -52,7 +54,7 @@ def lost_workers() -> AutomationCore:
     """Runs whose heartbeats stop are CRASHED; the driver then orders them again."""
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     return AutomationCore(
-        name=LOST_WORKERS,
+        name=AUTOMATION,
         description=f"A run without a heartbeat for {SILENCE_S} s is crashed: its worker is gone.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
@@ -69,15 +71,13 @@ def lost_workers() -> AutomationCore:
 
 async def _watch_workers() -> None:
     async with get_client() as client:
-        for automation in await client.read_automations_by_name(LOST_WORKERS):
+        for automation in await client.read_automations_by_name(AUTOMATION):
             await client.delete_automation(automation.id)
         await client.create_automation(lost_workers())
 
 
 def worker_environment(root: Path) -> dict[str, str]:
     """What a worker's process has in addition: where it works, and how often its runs say that they live."""
-    from flows.remote import CLONE
-
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {CLONE: str(root), "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S), "PATH": path}
 

@@ -12,7 +12,14 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
@@ -24,9 +31,11 @@ from flows.order import Order, Part, order_of
 from flows.processes import Logger, StageFailed
 from flows.shared_scratch import shared_scratch
 from flows.transfers import TransferFailed, transfer, with_back_off
+from vdmini_core.artifacts import json_digest
 from vdmini_core.settings import load_params
 
 FLOW = "stage"
+LIVING = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
 LOST_WORKERS = 3  # of one order, before it is given up
 LOOK_EVERY_S = 2.0
 START_PATIENCE_S = 600.0  # of a run that a worker took but does not start: it is lost without a heartbeat
@@ -44,7 +53,8 @@ def check_pools(placed: Mapping[str, str]) -> None:
         if pool not in known:
             raise ValueError(
                 f"resources.{stage}.pool is {pool!r}, but Prefect has no deployment {FLOW}/{pool}; there are "
-                f"{', '.join(sorted(known)) or 'none'}. `vdmini deploy` creates those of prefect.yaml"
+                f"{', '.join(sorted(known)) or 'none'}. `vdmini deploy` creates those of prefect.yaml on the server of "
+                "PREFECT_API_URL"
             )
 
 
@@ -120,18 +130,33 @@ def title(order: Order) -> str:
 
 
 def submit(order: Order, pool: str, logger: Logger) -> UUID:
-    """Give an order to a pool; the run's id. ValueError if there is no pool of that name."""
+    """Give an order to a pool; the run's id. The same order that is still being carried out is not given again.
+
+    Raises ValueError if there is no pool of that name.
+    """
+    tag = f"order-{json_digest(order.model_dump(mode='json', exclude={'parent_run_id'}))[:16]}"
+    living = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[tag]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(LIVING))),
+    )
+    with get_client(sync_client=True) as client:
+        if runs := client.read_flow_runs(flow_run_filter=living):
+            logger.info("%s is already ordered, by run %s", title(order), runs[0].name)
+            return UUID(str(runs[0].id))
     try:
         run: Any = run_deployment(
-            f"{FLOW}/{pool}", parameters={"order": order.model_dump(mode="json")}, timeout=0, flow_run_name=title(order)
+            f"{FLOW}/{pool}",
+            parameters={"order": order.model_dump(mode="json")},
+            timeout=0,
+            flow_run_name=title(order),
+            tags=[tag],
         )
     except ObjectNotFound:
         raise ValueError(
             f"Prefect has no deployment {FLOW}/{pool}; `vdmini deploy` creates those of prefect.yaml"
         ) from None
-    logger.info("%s is ordered from pool %s, run %s", title(order), pool, run.name)
-    found: UUID = run.id
-    return found
+    logger.info("%s is ordered from pool %s", title(order), pool)
+    return UUID(str(run.id))
 
 
 class Watch:

@@ -50,7 +50,7 @@ class SharedScratch:
     folder: Path
 
     def push(self) -> int:
-        """Send what is not there yet, and remove checkpoints that are no longer here; how many files were sent."""
+        """Send what is not there yet, and remove checkpoints that newer ones replace; how many files were sent."""
         with _as_transfer(f"sending {self.folder}"):
             here, there = self._here(), self._there()
             new = [name for name in here if name not in there and not _grows(name)]
@@ -59,7 +59,7 @@ class SharedScratch:
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.put_file(str(self.folder / name), self._path(name))
             for name in sorted(there, key=_is_last, reverse=True):
-                if _is_of_step(name) and not (self.folder / name).parent.exists():
+                if _is_of_step(name) and self._is_outdated(name):
                     self.fs.rm_file(self._path(name))
             return len(new)
 
@@ -107,6 +107,11 @@ class SharedScratch:
             raise
         finally:
             done.set()
+
+    def _is_outdated(self, name: str) -> bool:
+        """Whether a checkpoint was removed here for a newer one; later ones than any here are another worker's."""
+        step = (self.folder / name).parent
+        return not step.exists() and any(step.name < newer.name for newer in step.parent.glob("step-*"))
 
     def _fetch(self, name: str) -> None:
         target = self.folder / name

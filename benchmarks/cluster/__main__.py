@@ -1,5 +1,7 @@
 """`python -m benchmarks.cluster`: every scenario, or those that are named; a row of the table as each ends."""
 
+import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -32,6 +34,7 @@ def main(
     repository: Annotated[Path, typer.Option(help="The clone whose commit is tried.")] = Path("."),
 ) -> None:
     """Build the site, play the scenarios, print the table. Exit code 1 where a check does not hold."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the servers are to end as well
     names = only or list(SCENARIOS)
     if unknown := set(names) - set(SCENARIOS):
         raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(SCENARIOS)}")

@@ -234,6 +234,12 @@ def test_checkpoints_are_mirrored_whole_and_old_ones_removed(clones: Clones, tmp
         (folder / "step-1" / name).unlink()
     (folder / "step-1").rmdir()
     shared.push()
+    # A worker that was taken for lost does not remove what its successor has sent.
+    behind = SharedScratch(shared.fs, shared.base, tmp_path / "behind")
+    (behind.folder / "run/step-1").mkdir(parents=True)
+    (behind.folder / "run/step-1/checkpoint.json").write_text("{}")
+    behind.push()
+    shared.push()
     there = SharedScratch(shared.fs, shared.base, tmp_path / "elsewhere")
     assert there.pull() == 2
     found = {

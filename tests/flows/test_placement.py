@@ -153,3 +153,25 @@ def test_several_nodes_are_those_of_an_allocation() -> None:
     assert "--num_processes=16" in command[-1]
     assert "--machine_rank=$SLURM_NODEID" in command[-1]
     assert "--main_process_ip=node7" in command[-1]
+
+
+def test_an_order_that_is_still_carried_out_is_joined_and_not_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    id_, asked, given = uuid4(), list[Any](), list[str]()
+
+    class Client(FakeServer):
+        def read_flow_runs(self, flow_run_filter: Any) -> list[Any]:
+            asked.append(flow_run_filter.tags.all_)
+            return [SimpleNamespace(id=id_, name="distill")] if len(asked) < 3 else []
+
+    def run_deployment(name: str, tags: list[str], **rest: object) -> Any:
+        given.append(name)
+        return SimpleNamespace(id=uuid4())
+
+    monkeypatch.setattr(placement, "get_client", lambda sync_client: Client())
+    monkeypatch.setattr(placement, "run_deployment", run_deployment)
+    assert placement.submit(ORDER, "gpu", LOG) == id_
+    # Another driver's run in MLflow makes no other order; other settings do.
+    assert placement.submit(ORDER.model_copy(update={"parent_run_id": "other"}), "gpu", LOG) == id_
+    assert placement.submit(ORDER.model_copy(update={"params": "distill: {keep: best}"}), "gpu", LOG) != id_
+    assert given == ["stage/gpu"]
+    assert asked[0] == asked[1] != asked[2]
