@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from vdmini_core.settings import Resources
 
 
+LAUNCHED = "VDMINI_LAUNCHED"  # a single process of a launcher has no other sign of it
+
+
 def launch(stage: str, resources: Resources) -> None:
     """Become the launcher, unless the stage needs none or this process was launched; then return."""
-    if resources.launcher == "none" or "WORLD_SIZE" in os.environ:
+    if resources.launcher == "none" or "WORLD_SIZE" in os.environ or LAUNCHED in os.environ:
         return
     command = launch_command(stage, resources, os.environ)
+    os.environ[LAUNCHED] = "1"
     os.execvp(command[0], command)
 
 
