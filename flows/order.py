@@ -131,7 +131,8 @@ def main(file: Path) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("botocore").setLevel(logging.WARNING)
+    for noisy in ("botocore", "aiobotocore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         carry_out(read_json(file, Order), Path.cwd(), logging.getLogger("vdmini.order"))
     except (ValueError, LookupError, OSError, RuntimeError) as error:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from vdmini_core.settings import Resources
 
-
 LAUNCHED = "VDMINI_LAUNCHED"  # a single process of a launcher has no other sign of it
 
 
