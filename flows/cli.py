@@ -9,6 +9,7 @@ import typer
 
 from flows import measure
 from flows.cli_registry import registry
+from flows.cli_cluster import cluster
 from flows.cli_studies import studies
 from flows.plan_command import plan
 from flows.terminal import LOOK, RUN, explained, flow_explained, prepare_flow
@@ -66,10 +67,11 @@ def run(
     root = Path.cwd()
     with explained():
         prepare_flow(root)
-        from flows.full import headline_metrics, stage_graph, vdmini
+        from flows.full import headline_metrics, vdmini
+        from flows.graph import stage_graph
 
         stage_graph(root, target)  # an unknown target is reported before Prefect starts
-    with flow_explained():
+    with flow_explained(), explained():
         stages = vdmini(target)
     folder = root / "artifacts" / "evaluate"
     summary, report = folder / "summary.md", folder / "report.html"
@@ -94,6 +96,10 @@ def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as
     `vdmini run --target NAME` or `dvc repro NAME` for that.
     """
     with explained():
+        from tasks._launch import launch
+        from vdmini_core.settings import load_params
+
+        launch(name, load_params(Path("params.yaml")).resources_of(name))
         from tasks._stage import run_stage
 
         run_stage(name)
@@ -263,6 +269,7 @@ def units(
 
 
 app.command(rich_help_panel=LOOK)(explained()(plan))
+app.add_typer(cluster)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -11,7 +11,8 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.full import parent_run, publish_plot, run_logged
+from flows.full import parent_run, publish_plot
+from flows.processes import run_logged
 from vdmini_core.artifacts import Plan, file_digest, read_json
 from vdmini_core.evaluation.study import LOSSES, Arm, Candidates, Study, comparison_arms, probe_arms
 from vdmini_core.pruning.channels import torch_pruning

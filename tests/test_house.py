@@ -17,7 +17,7 @@ def test_modules_stages_and_sections_have_the_same_names_in_the_same_order() -> 
     modules = {path.stem for path in (ROOT / "tasks").glob("*.py") if not path.stem.startswith("_")}
     assert modules == set(STAGES)
     assert tuple(RECIPE) == STAGES
-    assert tuple(yaml.safe_load((ROOT / "params.yaml").read_text())) == STAGES
+    assert tuple(yaml.safe_load((ROOT / "params.yaml").read_text())) == (*STAGES, "resources")
 
 
 def test_every_stage_has_its_settings() -> None:

@@ -319,6 +319,37 @@ class RegisterSettings(Settings):
     min_motion_recovery: float = Field(0.5, le=1)
 
 
+LOCAL = "local"
+
+
+class Resources(Settings):
+    """Where one stage runs; no stage's result depends on it, so that moving a stage makes nothing stale."""
+
+    pool: str = Field(LOCAL, min_length=1, description="local: in place; else a Prefect work pool, by its deployment")
+    gpus: int = Field(1, ge=0, description="launcher accelerate: processes on each node, one a GPU; 0: one on the CPU")
+    launcher: Literal["none", "accelerate"] = Field("none", description="accelerate: several processes, distill only")
+    nodes: int = Field(1, gt=0, description="above 1: of a SLURM allocation, with launcher accelerate")
+    parts: int = Field(1, gt=0, description="runs of the pool that share the units, sensitivity only")
+    push_checkpoints_s: float = Field(
+        60.0, gt=0, description="seconds between looks for checkpoints from which another worker could go on"
+    )
+
+
+def _placeable(resources: dict[str, Resources]) -> dict[str, Resources]:
+    """Stages that exist, and only what they can do."""
+    stages = [field.alias or name for name, field in Params.model_fields.items() if name != "resources"]
+    for name, wanted in resources.items():
+        if name not in stages:
+            raise _contradiction(f"there is no stage {name}; there are {', '.join(stages)}")
+        if wanted.launcher != "none" and name != "distill":
+            raise _contradiction(f"only distill runs in several processes; set {name}.launcher to none")
+        if wanted.nodes > 1 and wanted.launcher == "none":
+            raise _contradiction(f"several nodes need a launcher; set {name}.launcher to accelerate, or nodes to 1")
+        if wanted.parts > 1 and (name != "sensitivity" or wanted.pool == LOCAL):
+            raise _contradiction(f"only sensitivity, on a pool, has parts; set {name}.parts to 1")
+    return resources
+
+
 class Params(Settings):
     """All of params.yaml."""
 
@@ -331,6 +362,11 @@ class Params(Settings):
     distill: DistillSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     register_: RegisterSettings = Field(RegisterSettings(), alias="register")
+    resources: Annotated[dict[str, Resources], AfterValidator(_placeable)] = Field({}, description="by stage")
+
+    def resources_of(self, stage: str) -> Resources:
+        """Where a stage runs: here, unless something else is said."""
+        return self.resources.get(stage, Resources())
 
 
 def load_params(path: Path) -> Params:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.full import StageFailed
+from flows.processes import StageFailed
 from flows.study import ablation, baselines, check_inputs, part_command, probe
 from tests.tiny import PROVENANCE
 from vdmini_core.artifacts import Plan, write_json

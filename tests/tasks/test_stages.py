@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from tasks._lineage import lineage_of
+from tasks._part import run_part
 from tasks._stage import STAGES, run_stage
 from tests import planted
 from vdmini_core.artifacts import (
@@ -272,14 +273,15 @@ def test_validation_is_refused_where_other_stages_use_all_test_clips(inside: Pat
 
 
 def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path) -> None:
-    write_params(inside, distill={**PARAMS["distill"], "loop": {**PARAMS["distill"]["loop"], "seed": 1}})
+    changed = {**PARAMS["distill"], "loop": {**PARAMS["distill"]["loop"], "seed": 1}}
+    write_params(inside, distill=changed, resources={"distill": {"launcher": "accelerate", "gpus": 2}})
     tracked = inside / ".scratch/tracking/distill/metrics.jsonl"
     before = len(tracked.read_text().splitlines())
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--main_process_port", "0", "-m", "flows.cli", "stage"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     try:
-        subprocess.run([*launch, "distill"], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "flows.cli", "stage", "distill"], env=environment, check=True)
     finally:
         write_params(inside)
     assert len(tracked.read_text().splitlines()) == before + 6
@@ -288,6 +290,30 @@ def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path)
     assert load_denoiser(inside / "artifacts/distill/denoiser").units
     other = subprocess.run([*launch, "plan"], env=environment, capture_output=True, text=True)
     assert "stage plan runs in one process; start it without a launcher" in other.stderr
+
+
+def test_sensitivity_in_parts_says_what_one_process_says(inside: Path) -> None:
+    before = read_json(inside / "artifacts/sensitivity/report.json", SensitivityReport)
+    try:
+        for index in range(2):
+            run_part("sensitivity", {"round": 0, "index": index, "of": 2})
+        (scratch,) = (inside / ".scratch/sensitivity").iterdir()
+        measured = {file.name.split(".0.")[0] for file in scratch.glob("*.safetensors")}
+        assert measured == {score.name for score in before.scores} | {"intact"}
+        with pytest.raises(ValueError, match="stage plan has no parts"):
+            run_part("plan", {"round": 0, "index": 0, "of": 2})
+        run_stage("sensitivity")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    after = read_json(inside / "artifacts/sensitivity/report.json", SensitivityReport)
+    assert len(after.scores) == len(before.scores)
+    for score, other in zip(after.scores, before.scores, strict=True):
+        assert (score.name, score.content, score.motion, score.quality) == (
+            other.name,
+            other.content,
+            other.motion,
+            other.quality,
+        )
 
 
 def test_dvc_and_mlflow_show_the_same_names(project: Path, tmp_path: Path) -> None:
