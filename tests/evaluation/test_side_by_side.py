@@ -19,7 +19,7 @@ from vdmini_core.evaluation.quality import generated_batches
 from vdmini_core.evaluation.side_by_side import PAIRED_MEASURES, RowClips, diversity, estimates, generate_rows
 from vdmini_core.evaluation.stage_times import STAGES
 from vdmini_core.models import SVD
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings(clips=5, steps=1, batch_size=2, gallery=1, diversity=3, end_to_end_runs=2)
@@ -117,7 +117,7 @@ def report(
 ) -> EvaluationReport:
     """The tiny teacher, also as the recovered student. Peak memory, in processes, is left to the stages' tests."""
     folder = tmp_path_factory.mktemp("students")
-    save_denoiser(tiny_pipeline.denoiser.without(("M",)), folder / "pruned")
+    save_model(tiny_pipeline.denoiser.without(("M",)), folder / "pruned")
     settings = SETTINGS.model_copy(update={"latency_runs": 2, "latency_warmup": 0})  # fewer than may be set
     students = {"pruned": folder / "pruned", "recovered": tiny_pipeline.folder / "unet"}
     with pytest.MonkeyPatch.context() as patch:
