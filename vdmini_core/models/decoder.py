@@ -6,7 +6,7 @@ whose config.json says what is gone (models/students.py); it lies and loads wher
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -124,6 +124,12 @@ class VAEDecoder:
         config = config_of(self.model)
         config["widths"] = {**(config.get("widths") or {}), **widths_of(inside)}
         return VAEDecoder(rebuild(STUDENTS[self.row.stock], config, kept_weights(self.model, inside)))
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> "VAEDecoder":
+        """A frozen VAE with these weights of the decoder network; those of the encoder are shared with this one."""
+        others = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(PREFIX)}
+        inside = {PREFIX + name: tensor for name, tensor in weights.items()}
+        return VAEDecoder(rebuild(type(self.model), config_of(self.model), others | inside))
 
     def on_meta(self) -> "VAEDecoder":
         """The same without weights, for counting."""
