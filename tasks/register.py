@@ -18,7 +18,14 @@ def run(context: Context) -> None:
     plan = read_json(context.input("plan") / "plan.json", Plan)
     source = teacher_folder(context.input("teacher") / "teacher.json")
     stock = context.params.register_.mid == "identity"
-    model = export_pipeline(source, context.input("distill") / "denoiser", context.folder / "model", stock=stock)
+    vae = context.input("decoder") / "vae"
+    model = export_pipeline(
+        source,
+        context.input("distill") / "denoiser",
+        context.folder / "model",
+        vae=vae if vae.is_dir() else None,
+        stock=stock,
+    )
     digest = folder_digest(model)
     provenance = context.provenance(teacher=teacher.digest, model=digest)
     verdict = {"failed": failed_gates(report, settings), "model_digest": digest, "version": None}
@@ -30,6 +37,7 @@ def run(context: Context) -> None:
             "vdmini.teacher_digest": teacher.digest,
             "vdmini.plan_digest": file_digest(context.input("plan") / "plan.json"),
             "vdmini.removed": ",".join(plan.removed),
+            "vdmini.decoder": "compressed" if vae.is_dir() else "original",
             "vdmini.evaluation_protocol": report.protocol_digest,
             "vdmini.params": json.dumps(context.params.model_dump(mode="json")),
         }

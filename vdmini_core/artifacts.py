@@ -284,8 +284,22 @@ class EvaluationRow(Record):
     alarms: dict[str, str] = {}
 
 
+class Corner(Record):
+    """A denoiser (teacher or recovered) with a decoder (original or compressed): clips of the same latents.
+
+    `stages` as in EvaluationRow, of all corners in turn; `flicker_ratio` is to the teacher's with the original decoder.
+    """
+
+    denoiser: str
+    decoder: str
+    parameters: int
+    quality: Quality
+    flicker_ratio: float
+    stages: dict[str, Latency]
+
+
 class EvaluationReport(Record):
-    """The three rows, their floor, and how much of the gap recovery closed."""
+    """The three rows, their floor, how much of the gap recovery closed, and with two decoders the four corners."""
 
     protocol: dict[str, Any]
     protocol_digest: str
@@ -296,6 +310,7 @@ class EvaluationReport(Record):
     latency_ratio: float
     recovery: dict[str, float | None]
     gallery: tuple[dict[str, str], ...]
+    corners: tuple[Corner, ...] = ()
     provenance: Provenance
 
 
