@@ -108,7 +108,7 @@ def test_the_papers_layout_of_svds_decoder_has_its_size() -> None:
     assert plan.parameters[1] == pytest.approx(39.2e6, rel=0.01)
     assert plan.layout[0] == "mid 512, up blocks 3 x 512, 3 x 512, 3 x 256, 3 x 128"
     assert plan.layout[1].startswith("no mid, up blocks 3 x 512, 3 x 4")
-    assert plan.flops[1] < 0.55 * plan.flops[0]
+    assert plan.flops[1] < 0.41 * plan.flops[0]
 
 
 @pytest.mark.parametrize(("name", "removed"), [(TEMPORAL, ("M", "U.2.1", "U.2.2")), (CAUSAL, ("M", "U.2.1"))])
@@ -128,5 +128,5 @@ def test_what_cannot_be_planned_is_refused_with_the_reason() -> None:
     with pytest.raises(IllegalPlan, match=r"changes the width 64 -> 32"):
         make_decoder_plan(decoder, DecoderSettings(method="manual", remove=("U.2.0",)), SHAPE)
     found = known(decoder, dict.fromkeys(decoder.removable, 1.0))
-    with pytest.raises(IllegalPlan, match="no legal removal leaves 0.001 of the teacher's decoding time"):
+    with pytest.raises(IllegalPlan, match=r"no legal removal leaves 0\.001 of the teacher's decoding time"):
         make_decoder_plan(decoder, DecoderSettings(ratio=0.001), SHAPE, found)

@@ -164,9 +164,7 @@ def waterfall(rows: Mapping[str, EvaluationRow], corners: Sequence[Corner] = ())
     ratio = ""
     if len(timed) > 1 and all(part.runs >= MIN_RUNS for stages in timed.values() for part in stages.values()):
         *_, (name, after) = timed.items()
-        student = (
-            "the recovered student" if name == "recovered" else "the recovered student with its compressed decoder"
-        )
+        student = "the recovered student" + (" with its compressed decoder" if name != "recovered" else "")
         share = _whole(after) / _whole(timed["teacher"])
         ratio = f" One clip of {student} takes {share:.2f} times as long as the teacher's."
     return (
@@ -203,7 +201,8 @@ def corners_section(corners: Sequence[Corner]) -> str:
         '<p class="quiet">Each denoiser samples its latents once; both decoders show the same ones. '
         f"N = {corners[0].quality.clips}; times are medians of {corners[0].stages[WHOLE].runs} clips.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-labelledby="corners"><table class="measures">'
-        f'<thead><tr><th scope="col">Denoiser, decoder</th>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
+        f'<thead><tr><th scope="col">Denoiser, decoder</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        "</section>"
     )
 
 

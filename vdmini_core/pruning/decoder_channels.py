@@ -5,9 +5,9 @@ one resolution, which is where its layers write; all groups of a resolution keep
 those with the largest L2 norm. Outputs of `conv_out` and `time_conv_out` are pixels and stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch_pruning
@@ -139,25 +139,28 @@ def _followed(group: ChannelGroup, followers: Sequence[Follower]) -> ChannelGrou
 
 
 def shares_for(channels: DecoderChannels, parameters: int) -> tuple[float, ...]:
-    """Shares that leave so many parameters in the decoder, falling evenly from all at the latents' resolution.
+    """Shares that leave so many parameters in the decoder: half at the higher resolutions, where the time goes.
 
-    So most is taken where most of the time goes, at the pixels' resolution. IllegalPlan where they come no nearer than
-    NEAR to it.
+    What is still too many goes at the lower ones but the latents' own; where half is too few, more stays. IllegalPlan
+    where they come no nearer than NEAR.
     """
-    top = max(channels.decoder.levels - 1, 1)
+    levels = channels.decoder.levels
+    high = -(-levels // 2)
 
-    def falling(least: float) -> tuple[float, ...]:
-        return tuple(1 - (1 - least) * level / top for level in range(channels.decoder.levels))
+    def shares(middle: float, top: float) -> tuple[float, ...]:
+        return (1.0, *[middle] * (high - 1), *[top] * (levels - high))
 
-    low, high = 0.02, 1.0
+    too_few = channels.parameters(shares(1.0, 0.5)) < parameters
+    low, up = (0.5, 1.0) if too_few else (0.02, 1.0)
+    of: Callable[[float], tuple[float, ...]] = partial(shares, 1.0) if too_few else lambda share: shares(share, 0.5)
     for _ in range(16):
-        middle = (low + high) / 2
-        low, high = (middle, high) if channels.parameters(falling(middle)) <= parameters else (low, middle)
-    best = min((falling(low), falling(high)), key=lambda shares: abs(channels.parameters(shares) - parameters))
+        half = (low + up) / 2
+        low, up = (half, up) if channels.parameters(of(half)) <= parameters else (low, half)
+    best = min((of(low), of(up)), key=lambda found: abs(channels.parameters(found) - parameters))
     if abs((found := channels.parameters(best)) / parameters - 1) > NEAR:
         raise IllegalPlan(
-            f"{parameters:,} parameters were wanted of the decoder ({decoder_text(channels)}), and shares of channels "
-            f"that fall towards the pixels come no nearer than {found:,}; set decoder.method to optimal or manual"
+            f"{parameters:,} parameters were wanted of the decoder ({decoder_text(channels)}), and fewer channels "
+            f"above the latents' resolution come no nearer than {found:,}; set decoder.method to optimal or manual"
         )
     return best
 
