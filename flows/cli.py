@@ -9,6 +9,7 @@ import typer
 
 from flows import measure
 from flows.cli_studies import studies
+from flows.decoder_command import decoder
 from flows.plan_command import plan
 from flows.terminal import RUN, explained, flow_explained, prepare_flow
 
@@ -261,6 +262,7 @@ def units(
 
 
 app.command(rich_help_panel=LOOK)(explained()(plan))
+app.command(rich_help_panel=LOOK)(explained()(decoder))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -316,6 +316,11 @@ class DecoderSettings(Settings):
         "last block, .616 of the parameters; manual: exactly `remove` and `shares`",
     )
     ratio: float = Field(0.45, gt=0, le=1, description="optimal: predicted time, of the original decoder's, at most")
+    channel_weight: float = Field(
+        0.05,
+        ge=0,
+        description="optimal: of damage by missing channels; training recovers it sooner than missing layers",
+    )
     remove: tuple[str, ...] = Field((), description="manual: units or blocks such as M or U.3.1")
     shares: tuple[float, ...] = Field(
         (), description="manual: share of the channels that stays at each resolution, from the latents' to the pixels'"

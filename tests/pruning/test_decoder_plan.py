@@ -78,7 +78,7 @@ def test_the_plan_has_the_least_damage_of_all_within_the_budget(ratio: float) ->
         for shares in product(SHARES, repeat=3)
         if predicted_ms(found, removed, shares) <= budget
     )
-    plan = make_decoder_plan(decoder, DecoderSettings(ratio=ratio), SHAPE, found)
+    plan = make_decoder_plan(decoder, DecoderSettings(ratio=ratio, channel_weight=1), SHAPE, found)
     assert plan.predicted_ratio is not None
     assert plan.predicted_ratio <= ratio + 1e-6
     total = sum(damages[name] for name in plan.removed)

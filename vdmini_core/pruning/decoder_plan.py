@@ -4,7 +4,8 @@ One integer programme (pruning/integer_programme.py) decides both. Channels of a
 to the least share that was timed; a slab goes after those above it. A unit's time at the least share goes with the
 unit, what a slab adds to it with either of the two: a product of two decisions, which is a variable of its own that is
 kept exactly where both are. An upsampler reads at one resolution and writes at the next; its time is taken to be the
-product of what each side contributes. Damages add up, as in every plan here.
+product of what each side contributes. Damages add up, as in every plan here; those of channels count `channel_weight`,
+because training recovers them sooner than missing layers (docs/decoder.md has the trial).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def optimal(decoder: VAEDecoder, settings: DecoderSettings, found: DecoderSensit
     """The units that go and the shares that stay, of least damage within `ratio` of the original's time."""
     if found is None:
         raise IllegalPlan("decoder.method optimal needs measured damages and times; here use paper or manual")
-    programme = _Slabs(decoder, found)
+    programme = _Slabs(decoder, found, settings.channel_weight)
     graph = Graph(tuple(programme.damage), tuple(programme.rules))
     expense = Expense("decoding time", programme.whole, programme.cost)
     gone = set(least_damage(graph, programme.damage, expense, settings.ratio))
@@ -89,8 +90,8 @@ def slab_name(level: int, step: int) -> str:
 class _Slabs:
     """The programme's variables with their damages and costs, and its rules."""
 
-    def __init__(self, decoder: VAEDecoder, found: DecoderSensitivity) -> None:
-        self.levels = decoder.levels
+    def __init__(self, decoder: VAEDecoder, found: DecoderSensitivity, channel_weight: float) -> None:
+        self.levels, self.channel_weight = decoder.levels, channel_weight
         self.damage: dict[str, float] = {}
         self.cost: dict[str, float] = {}
         self.rules: list[Rule] = []
@@ -127,7 +128,7 @@ class _Slabs:
         before = 0.0
         for step in range(1, LEAST + 1):
             score = next(s for s in found.channels if (s.level, s.share) == (level, SHARES[step]))
-            self._variable(slab_name(level, step), max(score.damage - before, 0.0))
+            self._variable(slab_name(level, step), self.channel_weight * max(score.damage - before, 0.0))
             before = max(score.damage, before)
             if step > 1:
                 order = {slab_name(level, step): 1, slab_name(level, step - 1): -1}
