@@ -37,10 +37,18 @@ def level_of_part(name: str, levels: int) -> int:
 
 
 def times_of(found: DecoderSensitivity) -> dict[str, list[float]]:
-    """Part -> milliseconds at each of SHARES, never more for fewer channels; `rest` is what no part has."""
-    table = {part.name: [part.time_ms[str(share)] for share in SHARES] for part in found.parts}
-    whole = [found.whole_ms[str(share)] for share in SHARES]
-    table[REST] = [max(w - sum(times[i] for times in table.values()), 0.0) for i, w in enumerate(whole)]
+    """The table of a sensitivity, see `times_table`."""
+    parts = {str(share): {part.name: part.time_ms[str(share)] for part in found.parts} for share in SHARES}
+    return times_table(parts, found.whole_ms)
+
+
+def times_table(parts: Mapping[str, Mapping[str, float]], whole: Mapping[str, float]) -> dict[str, list[float]]:
+    """Part -> milliseconds at each of SHARES, never more for fewer channels; `rest` is what no part has.
+
+    From the times of each share's parts and of whole calls.
+    """
+    table = {name: [parts[str(share)][name] for share in SHARES] for name in parts[str(SHARES[0])]}
+    table[REST] = [max(whole[str(share)] - sum(parts[str(share)].values()), 0.0) for share in SHARES]
     for times in table.values():
         for index in range(1, len(times)):
             times[index] = min(times[index], times[index - 1])
@@ -48,9 +56,14 @@ def times_of(found: DecoderSensitivity) -> dict[str, list[float]]:
 
 
 def predicted_ms(found: DecoderSensitivity, removed: Sequence[str], shares: Sequence[float]) -> float:
-    """Time of decoding one clip without units, with these shares of channels, interpolated between those timed."""
+    """Time of decoding one clip without units, with these shares of channels."""
+    return predicted_of(times_of(found), removed, shares)
+
+
+def predicted_of(table: Mapping[str, Sequence[float]], removed: Sequence[str], shares: Sequence[float]) -> float:
+    """The same from a table of times; between the shares that were timed it is interpolated."""
     total, levels = 0.0, len(shares)
-    for name, times in times_of(found).items():
+    for name, times in table.items():
         if name in removed:
             continue
         level = level_of_part(name, levels)
