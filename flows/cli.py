@@ -123,6 +123,8 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
     frames: Annotated[int | None, typer.Option(min=2, help="Length; the model's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    tile: Annotated[int | None, typer.Option(min=1, help="Decode in tiles of so many latents a side.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Decode so many latent frames at a time.")] = None,
 ) -> None:
     """Make a clip that continues an image, or of a prompt, with a registered student or the teacher.
 
@@ -133,7 +135,7 @@ def generate(
     with explained():
         from tasks._generate import generate as make
 
-        make(model, image, out, prompt=prompt, frames=frames, steps=steps, seed=seed)
+        make(model, image, out, prompt=prompt, frames=frames, steps=steps, seed=seed, tile=tile, chunk=chunk)
     typer.echo(out)
 
 
