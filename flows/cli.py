@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from flows import measure
-from flows.cli_registry import registry
 from flows.cli_cluster import cluster
+from flows.cli_registry import registry
 from flows.cli_studies import studies
+from flows.decoder_command import decoder
 from flows.plan_command import plan
 from flows.terminal import LOOK, RUN, explained, flow_explained, prepare_flow
 
@@ -130,6 +131,8 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
     frames: Annotated[int | None, typer.Option(min=2, help="Length; the model's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    tile: Annotated[int | None, typer.Option(min=1, help="Decode in tiles of so many latents a side.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Decode so many latent frames at a time.")] = None,
 ) -> None:
     """Make a clip that continues an image, or of a prompt, with a registered student or the teacher.
 
@@ -140,7 +143,7 @@ def generate(
     with explained():
         from tasks._generate import generate as make
 
-        make(model, image, out, prompt=prompt, frames=frames, steps=steps, seed=seed)
+        make(model, image, out, prompt=prompt, frames=frames, steps=steps, seed=seed, tile=tile, chunk=chunk)
     typer.echo(out)
 
 
@@ -270,6 +273,7 @@ def units(
 
 app.command(rich_help_panel=LOOK)(explained()(plan))
 app.add_typer(cluster)
+app.command(rich_help_panel=LOOK)(explained()(decoder))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -48,8 +48,8 @@ def baselines(seeds: Seeds = 3, steps: Steps = None, clips: Clips = None) -> Non
     """Compare ways to prune: students of the paper's size, each recovered with the same steps.
 
     The paper's layout, the current plan where its method is another, uniform depth, random units, and channel pruning
-    by magnitude and by DepGraph (L2, Taylor), which needs `pip install 'vdmini[baselines]'`. Needs `vdmini run --target
-    plan`. Table, plot, rows and students are in artifacts/comparison; otherwise as `vdmini ablation`.
+    by magnitude and by DepGraph (L2, Taylor). Needs `vdmini run --target plan`. Table, plot, rows and
+    students are in artifacts/comparison; otherwise as `vdmini ablation`.
     """
     with explained():
         prepare_flow(Path.cwd())

@@ -58,6 +58,7 @@ def publish(name: str, folder: Path) -> None:
         "sensitivity": "sensitivity/table.md",
         "plan": "plan/plan.md",
         "distill": "distill/validation.md",
+        "decoder": "decoder/decoder.md",
         "evaluate": "evaluate/summary.md",
     }
     if name in pages and (page := folder / pages[name]).is_file():

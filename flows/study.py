@@ -15,7 +15,6 @@ from flows.full import parent_run, publish_plot
 from flows.processes import run_logged
 from vdmini_core.artifacts import Plan, file_digest, read_json
 from vdmini_core.evaluation.study import LOSSES, Arm, Candidates, Study, comparison_arms, probe_arms
-from vdmini_core.pruning.channels import torch_pruning
 from vdmini_core.settings import load_params
 
 NEEDED = {"ablation": "prune", "comparison": "plan", "probe": "plan"}
@@ -113,11 +112,7 @@ def ablation(seeds: int = 3, steps: int | None = None, clips: int | None = None)
 
 @flow(name="vdmini", log_prints=True)
 def baselines(seeds: int = 3, steps: int | None = None, clips: int | None = None) -> dict[str, str]:
-    """Train students of equal size: the paper's layout, the current plan and the baselines; see `run_study`.
-
-    MissingExtra, a ValueError, without Torch-Pruning.
-    """
-    torch_pruning()
+    """Train students of equal size: the paper's layout, the current plan and the baselines; see `run_study`."""
     return run_study("comparison", comparison_arms(read_json(PLAN, Plan)), seeds, steps, clips)
 
 

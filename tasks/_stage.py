@@ -32,14 +32,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-STAGES = ("data", "teacher", "encode", "sensitivity", "plan", "prune", "distill", "evaluate", "register")
+STAGES = ("data", "teacher", "encode", "sensitivity", "plan", "prune", "distill", "decoder", "evaluate", "register")
 ARTIFACTS = Path("artifacts")
 SCRATCH = Path(".scratch")
 
 # The last part of the settings, of the stage and of `data`, on which its hunger depends.
 MEMORY_KEYS = ("batch_size", "frames", "size")
 DISK_KEYS = ("keep_checkpoints", "teacher_draws", "train_clips", "test_clips")
-RESUMABLE = {"distill": ". distill.loop.accumulate above 1 and distill.checkpointing need less, and go on where it was"}
+RESUMABLE = {
+    "distill": ". distill.loop.accumulate above 1 and distill.checkpointing need less, and go on where it was",
+    "decoder": ". decoder.frames, decoder.crop and decoder.loop.accumulate make a step smaller",
+}
 
 
 @dataclass
@@ -157,7 +160,7 @@ def run_stage(name: str) -> None:
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         with open_tracker(name, settings, SCRATCH / "tracking" / name) if main else nullcontext() as tracker:
             context = Context(name, params, tracker, device, main)
-            end_on_sigterm(context, after_a_checkpoint=name == "distill")
+            end_on_sigterm(context, after_a_checkpoint=name in RESUMABLE)
             with resources_explained(context):
                 module.run(context)
             if main:

@@ -16,7 +16,14 @@ def run(context: Context) -> None:
     report = read_json(context.input("evaluate") / "report.json", EvaluationReport)
     source = teacher_folder(context.input("teacher") / "teacher.json")
     stock = context.params.register_.mid == "identity"
-    model = export_pipeline(source, context.input("distill") / "denoiser", context.folder / "model", stock=stock)
+    vae = context.input("decoder") / "vae"
+    model = export_pipeline(
+        source,
+        context.input("distill") / "denoiser",
+        context.folder / "model",
+        vae=vae if vae.is_dir() else None,
+        stock=stock,
+    )
     digest = folder_digest(model)
     provenance = context.provenance(teacher=teacher.digest, model=digest)
     verdict = {"failed": failed_gates(report, settings), "model_digest": digest, "version": None}

@@ -22,6 +22,7 @@ from tasks._stage import STAGES, run_stage
 from tests import planted
 from vdmini_core.artifacts import (
     DataManifest,
+    DecoderReport,
     EvaluationReport,
     Plan,
     SensitivityReport,
@@ -40,6 +41,12 @@ PARAMS = {
     "distill": {
         "loop": {"max_steps": 6, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 1, "log_every": 1},
         "discriminator": {"warmup_steps": 1, "ramp_steps": 2},
+    },
+    "decoder": {
+        "clips": 1,
+        "latency_runs": 1,
+        "validation": {"every": 2, "clips": 2},
+        "loop": {"max_steps": 2, "batch_size": 2, "warmup_steps": 1, "precision": "fp32", "log_every": 1},
     },
     "evaluate": {"clips": 4, "steps": 1, "gallery": 1},
     "register": {"min_content_recovery": -100.0, "min_motion_recovery": -100.0},
@@ -158,9 +165,27 @@ def test_evaluation_has_three_rows_a_floor_and_a_page(project: Path) -> None:
     assert all({"content_accuracy", "motion_diversity"} <= set(row.intervals) for row in report.rows)
     assert all({"psnr", "ssim", "flow_error", "flow_ratio"} <= set(row.intervals) for row in report.rows[1:])
     assert {tuple(row.stages) for row in report.rows} == {("encoder", "denoiser", "vae_decode", "end_to_end")}
+    found = [(corner.denoiser, corner.decoder) for corner in report.corners]
+    assert found == [(a, b) for a in ("teacher", "recovered") for b in ("original", "compressed")]
+    assert report.corners[0].quality == report.rows[0].quality
+    assert report.corners[2].quality == report.rows[2].quality
+    assert all(corner.stages["end_to_end"].median_ms > 0 for corner in report.corners)
+    assert "| recovered | compressed |" in (project / "artifacts/evaluate/summary.md").read_text()
     metrics = json.loads((project / "artifacts/evaluate/metrics.json").read_text())
     assert metrics["paired/ssim/pruned"] == report.rows[1].intervals["ssim"].value
     assert "<video" in (project / "artifacts/evaluate/report.html").read_text()
+
+
+def test_the_registered_pipeline_has_the_compressed_decoder(project: Path) -> None:
+    model, decoder = project / "artifacts/register/model", project / "artifacts/decoder"
+    assert folder_digest(model / "vae") == folder_digest(decoder / "vae")
+    plan = read_json(decoder / "decoder.json", DecoderReport).plan
+    assert plan.predicted_ratio is not None
+    assert plan.predicted_ratio <= 0.45
+    assert json.loads((model / "model_index.json").read_text())["vae"] == [
+        "vdmini_core.models.decoder",
+        "VDMiniAutoencoderKLTemporalDecoder",
+    ]
 
 
 def test_a_registered_student_generates_a_clip(inside: Path) -> None:
