@@ -160,7 +160,7 @@ def recover_decoder(
 ) -> None:
     """Train the student's decoder in place; it ends with its averaged (EMA) weights. The encoder is not touched.
 
-    `watch(step, averaged student)` is called in the main process every `settings.validation.every` steps.
+    `watch(step, averaged student)` is called in the main process every `settings.validation.every` steps, and last.
     """
     loop = settings.loop
     torch.manual_seed(loop.seed)
@@ -173,7 +173,7 @@ def recover_decoder(
         players.append(Player("discriminator", discriminator, step.discriminator_loss, rate))
 
     def after_step(done: int) -> None:
-        if done % settings.validation.every == 0:
+        if done % settings.validation.every == 0 or done == loop.max_steps:
             weights = averaged(players[0])
             if watch is not None and is_main():
                 watch(done, student.with_weights(weights))
