@@ -14,7 +14,8 @@ from typing import Any, Literal
 import psutil
 import yaml
 
-from flows.full import StageFailed, stage_graph
+from flows.graph import stage_graph
+from flows.processes import StageFailed
 from flows.services import end_tree
 from tasks._lineage import Lineage, Results, lineage_of, registered_metrics, results_in
 from tasks._registry import find_version

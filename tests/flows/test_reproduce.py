@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.full import StageFailed
+from flows.processes import StageFailed
 from flows.reproduce import compare, reproduce
 from tasks._lineage import Lineage, Results, lineage_here, lineage_of, lineage_tags
 from tasks._registry import register_model
