@@ -111,9 +111,15 @@ def ablation(seeds: int = 3, steps: int | None = None, clips: int | None = None)
 
 
 @flow(name="vdmini", log_prints=True)
-def baselines(seeds: int = 3, steps: int | None = None, clips: int | None = None) -> dict[str, str]:
-    """Train students of equal size: the paper's layout, the current plan and the baselines; see `run_study`."""
-    return run_study("comparison", comparison_arms(read_json(PLAN, Plan)), seeds, steps, clips)
+def baselines(
+    seeds: int = 3, steps: int | None = None, clips: int | None = None, plans: str | None = None
+) -> dict[str, str]:
+    """Train students of equal size: the paper's layout, the current plan, those of a file, and the baselines.
+
+    See `run_study`.
+    """
+    further = () if plans is None else read_json(Path(plans), Candidates).plans
+    return run_study("comparison", comparison_arms(read_json(PLAN, Plan), further), seeds, steps, clips)
 
 
 @flow(name="vdmini", log_prints=True)
