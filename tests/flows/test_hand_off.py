@@ -329,6 +329,7 @@ def test_what_is_up_to_date_or_in_the_cache_needs_no_worker(clones: Clones) -> N
     assert restore("prune", clones.driver, LOG) == "restored"
 
 
+@pytest.mark.slow
 def test_the_flow_has_a_placed_stage_done_by_a_worker_of_the_pool(
     clones: Clones, prefect_server: str, mlflow_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,7 +301,6 @@ def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path)
     changed = {**PARAMS["distill"], "loop": {**PARAMS["distill"]["loop"], "seed": 1}}
     write_params(inside, distill=changed, resources={"distill": {"launcher": "accelerate", "gpus": 2}})
     tracked = inside / ".scratch/tracking/distill/metrics.jsonl"
-    before = len(tracked.read_text().splitlines())
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--main_process_port", "0", "-m", "flows.cli", "stage"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
@@ -309,7 +308,7 @@ def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path)
         subprocess.run([sys.executable, "-m", "flows.cli", "stage", "distill"], env=environment, check=True)
     finally:
         write_params(inside)
-    assert len(tracked.read_text().splitlines()) == before + 6
+    assert tracked.read_text().count('"metrics"') == 6
     rows = json.loads((inside / "artifacts/distill/history.json").read_text())["rows"]
     assert [row["step"] for row in rows] == list(range(6))
     assert load_denoiser(inside / "artifacts/distill/denoiser").units
@@ -323,7 +322,7 @@ def test_sensitivity_in_parts_says_what_one_process_says(inside: Path) -> None:
         for index in range(2):
             run_part("sensitivity", {"round": 0, "index": index, "of": 2})
         (scratch,) = (inside / ".scratch/sensitivity").iterdir()
-        measured = {file.name.split(".0.")[0] for file in scratch.glob("*.safetensors")}
+        measured = {file.name.removesuffix(".0.safetensors") for file in scratch.glob("*.safetensors")}
         assert measured == {score.name for score in before.scores} | {"intact"}
         with pytest.raises(ValueError, match="stage plan has no parts"):
             run_part("plan", {"round": 0, "index": 0, "of": 2})
