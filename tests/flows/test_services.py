@@ -87,6 +87,7 @@ def listening(root: Path) -> set[tuple[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_servers_of_one_machine_listen_on_loopback_and_keep_no_secret(project: Path) -> None:
     prefect_port, mlflow_port = free_ports()
     services.up(project, prefect_port, mlflow_port, lambda line: None)
