@@ -5,7 +5,7 @@ A student's guess is the sum over the units it is without, as a planner adds the
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from vdmini_core.artifacts import Record, SensitivityReport
 from vdmini_core.evaluation.study import MEASURES, StudyReport, agreement
@@ -31,10 +31,9 @@ def foresight(study: StudyReport, removed: Mapping[tuple[str, int], Removal], un
     """
     trained: dict[Removal, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in study.rows:
-        if row.seed is not None and (names := removed.get((row.arm, row.seed), ())):
+        if row.seed is not None and (names := removed[row.arm, row.seed]):
             for measure in study.arms[0].means:
                 trained[names][measure].append(badness(measure, float(getattr(row.quality, measure))))
-    guesses = unit_guesses(units)
     students = list(trained)
     return Foresight(
         students=len(students),
@@ -45,7 +44,7 @@ def foresight(study: StudyReport, removed: Mapping[tuple[str, int], Removal], un
                 ).spearman
                 for measure in study.arms[0].means
             }
-            for guess, of in guesses.items()
+            for guess, of in unit_guesses(units).items()
         },
     )
 
@@ -65,15 +64,14 @@ def unit_guesses(units: SensitivityReport) -> dict[str, dict[str, float]]:
     }
 
 
-def foresight_table(found: Foresight, order: Sequence[str] = tuple(MEASURES)) -> str:
+def foresight_table(found: Foresight) -> str:
     """Markdown: a row for each guess, a column for each measure."""
-    measures = [name for name in order if name in next(iter(found.correlations.values()))]
-    lines = [["summed over removed units", *(MEASURES[name] for name in measures)], ["---"] * (len(measures) + 1)]
+    measures = [MEASURES[name] for name in next(iter(found.correlations.values()))]
+    lines = [["summed over removed units", *measures], ["---"] * (len(measures) + 1)]
     for guess, of in found.correlations.items():
-        values = [of[name] for name in measures]
-        lines.append([guess, *("n/a" if value is None else f"{value:.2f}" for value in values)])
+        lines.append([guess, *("n/a" if value is None else f"{value:.2f}" for value in of.values())])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"Spearman's correlation of guesses with how bad recovered students are (1: it orders them right), over "
-        f"{found.students} students without blocks:\n\n{table}\n"
+        f"{found.students} students that lack units:\n\n{table}\n"
     )
