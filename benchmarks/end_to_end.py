@@ -6,7 +6,7 @@ README.md beside this file says how it is measured.
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +19,7 @@ from flows.cli import explained
 from flows.recipes import find_recipe, recipes
 from tasks._stage import device_name, provenance, quieten
 from vdmini_core.artifacts import Latency, Provenance, Record, write_json
+from vdmini_core.evaluation.compare import with_vae
 from vdmini_core.evaluation.costs import RATIO_RUNS, count_call, count_costs, elapsed_ms, measure_latencies, speedup
 from vdmini_core.evaluation.stage_times import OneClip, measure_stages
 from vdmini_core.models import Denoiser, Pipeline, TransformerDenoiser, load_denoiser, load_pipeline
@@ -82,6 +83,7 @@ class Subject:
     student_name: str
     clip: tuple[int, int, int]
     steps: int
+    vae: Path | None = None
 
 
 def subject_of(
@@ -143,13 +145,15 @@ def benchmark(
     }
     flop_ratio = flops["student"] / flops["teacher"]
 
+    decoding = {"student": with_vae(pipeline, subject.vae)} if subject.vae else None
+
     def timed(mode: Literal["eager", "compiled"]) -> Mode:
         say(f"{mode}: {warmup} + {runs} clips and single calls of each")
         with reduced():
             first = {name: elapsed_ms(call, device) / 1000 for name, call in calls.items()}
             peaks = {name: peak_bytes(clip, denoiser) for name, denoiser in denoisers.items()}
             step = measure_latencies(calls, device, runs=runs, warmup=warmup)
-            stages = measure_stages(clip, denoisers, runs=runs, warmup=warmup)
+            stages = measure_stages(clip, denoisers, runs=runs, warmup=warmup, decoding=decoding)
         of_step = speedup(step["teacher"], step["student"])
         return Mode(
             mode=mode,
@@ -244,7 +248,7 @@ def table(result: EndToEnd) -> str:
                 "encoder ms (p10-p90)": latency_text(teacher["encoder"]),
                 "denoiser step ms": ", ".join(latency_text(found.step[name]) for name in SIDES),
                 "all steps ms": ", ".join(latency_text(found.stages[name]["denoiser"]) for name in SIDES),
-                "VAE decode ms": latency_text(teacher["vae_decode"]),
+                "VAE decode ms": f"{latency_text(teacher['vae_decode'])}, {latency_text(student['vae_decode'])}",
                 "end to end ms": f"{latency_text(teacher['end_to_end'])}, {latency_text(student['end_to_end'])}",
                 "runs": str(teacher["end_to_end"].runs),
                 "speed-up step, end to end": f"{ratio(found.step_speedup)}, {ratio(found.end_to_end_speedup)}",
@@ -277,6 +281,7 @@ def main(
     student: Annotated[
         Path | None, typer.Option(help="A denoiser's folder; else the plan's, with our weights.")
     ] = None,
+    vae: Annotated[Path | None, typer.Option(help="The student's VAE, as stage decoder writes it.")] = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu.")] = "cuda",
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="bf16: the networks under autocast.")] = "bf16",
     frames: Annotated[int | None, typer.Option(min=1, help="Instead of what the model was made for.")] = None,
@@ -294,6 +299,7 @@ def main(
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here; try a small model, such as zoo:i2v-shapes --device cpu")
         subject = subject_of(source, student, (frames, height, width), steps, torch.device(device))
+        subject = replace(subject, vae=vae)
         try:
             result = benchmark(
                 subject,

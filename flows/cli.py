@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from flows import measure
+from flows.cli_cluster import cluster
+from flows.cli_registry import registry
 from flows.cli_studies import studies
+from flows.decoder_command import decoder
 from flows.plan_command import plan
-from flows.terminal import RUN, explained, flow_explained, prepare_flow
+from flows.terminal import LOOK, RUN, explained, flow_explained, prepare_flow
 
-SERVICES, LOOK, MEASURE = "Services on this machine", "Look", "Measure what is there"
+SERVICES, MEASURE = "Services on this machine", "Measure what is there"
 
 app = typer.Typer(
     name="vdmini",
@@ -65,10 +68,11 @@ def run(
     root = Path.cwd()
     with explained():
         prepare_flow(root)
-        from flows.full import headline_metrics, stage_graph, vdmini
+        from flows.full import headline_metrics, vdmini
+        from flows.graph import stage_graph
 
         stage_graph(root, target)  # an unknown target is reported before Prefect starts
-    with flow_explained():
+    with flow_explained(), explained():
         stages = vdmini(target)
     folder = root / "artifacts" / "evaluate"
     summary, report = folder / "summary.md", folder / "report.html"
@@ -93,12 +97,17 @@ def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml, such as
     `vdmini run --target NAME` or `dvc repro NAME` for that.
     """
     with explained():
+        from tasks._launch import launch
+        from vdmini_core.settings import load_params
+
+        launch(name, load_params(Path("params.yaml")).resources_of(name))
         from tasks._stage import run_stage
 
         run_stage(name)
 
 
 app.add_typer(studies)
+app.add_typer(registry)
 
 
 @app.command(rich_help_panel=RUN)
@@ -122,6 +131,8 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
     frames: Annotated[int | None, typer.Option(min=2, help="Length; the model's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    tile: Annotated[int | None, typer.Option(min=1, help="Decode in tiles of so many latents a side.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Decode so many latent frames at a time.")] = None,
 ) -> None:
     """Make a clip that continues an image, or of a prompt, with a registered student or the teacher.
 
@@ -132,7 +143,7 @@ def generate(
     with explained():
         from tasks._generate import generate as make
 
-        make(model, image, out, prompt=prompt, frames=frames, steps=steps, seed=seed)
+        make(model, image, out, prompt=prompt, frames=frames, steps=steps, seed=seed, tile=tile, chunk=chunk)
     typer.echo(out)
 
 
@@ -261,6 +272,8 @@ def units(
 
 
 app.command(rich_help_panel=LOOK)(explained()(plan))
+app.add_typer(cluster)
+app.command(rich_help_panel=LOOK)(explained()(decoder))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -44,17 +44,27 @@ def ablation(seeds: Seeds = 3, steps: Steps = None, clips: Clips = None) -> None
 
 
 @studies.command(rich_help_panel=RUN)
-def baselines(seeds: Seeds = 3, steps: Steps = None, clips: Clips = None) -> None:
+def baselines(
+    seeds: Seeds = 3,
+    steps: Steps = None,
+    clips: Clips = None,
+    plans: Annotated[Path | None, typer.Option(help="JSON as `vdmini probe` takes it: further plans to train.")] = None,
+) -> None:
     """Compare ways to prune: students of the paper's size, each recovered with the same steps.
 
     The paper's layout, the current plan where its method is another, uniform depth, random units, and channel pruning
-    by magnitude and by DepGraph (L2, Taylor), which needs `pip install 'vdmini[baselines]'`. Needs `vdmini run --target
-    plan`. Table, plot, rows and students are in artifacts/comparison; otherwise as `vdmini ablation`.
+    by magnitude and by DepGraph (L2, Taylor). Needs `vdmini run --target plan`. Table, plot, rows and
+    students are in artifacts/comparison; otherwise as `vdmini ablation`.
     """
     with explained():
         prepare_flow(Path.cwd())
         from flows.study import baselines as flow
-    run_study("comparison", lambda: flow(seeds, steps, clips))
+        from vdmini_core.artifacts import read_json
+        from vdmini_core.evaluation.study import Candidates
+
+        if plans is not None:
+            read_json(plans, Candidates)  # before Prefect starts
+    run_study("comparison", lambda: flow(seeds, steps, clips, None if plans is None else str(plans)))
 
 
 @studies.command(rich_help_panel=RUN)

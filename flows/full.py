@@ -5,156 +5,26 @@ The flow holds no stage list of its own. Each task runs `dvc repro --single-item
 """
 
 import base64
-import codecs
 import json
-import logging
-import os
-import re
 import subprocess
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal
 
-import psutil
-import yaml
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from flows.services import end_tree
-from tasks._tracking import PARENT_VARIABLE, Status, finish_parent, start_parent
-from vdmini_core.artifacts import json_digest
-from vdmini_core.settings import load_params
+from flows.graph import Outcome, Result, lock_digest, repro, stage_graph
+from flows.placement import check_pools, place
+from flows.processes import Logger
+from flows.run_lock import hold
+from tasks._tracking import Status, finish_parent, start_parent
+from vdmini_core.settings import LOCAL, load_params
 
-Result = Literal["ran", "restored", "skipped"]
-Logger = logging.Logger | logging.LoggerAdapter[Any]
-
-PROGRESS_EVERY_S = 15.0  # a progress bar redraws many times a second; each logged line goes to the server
 MAX_EMBEDDED_BYTES = 1_000_000  # of a picture that is stored in Prefect's database
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-class StageFailed(RuntimeError):
-    """A stage's command ended with an error; the message names the stage and holds its last lines."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What DVC did with one stage, and the digest of the stage's entry in dvc.lock afterwards."""
-
-    result: Result
-    lock_digest: str | None
-
-
-def stage_graph(root: Path, target: str | None = None) -> dict[str, tuple[str, ...]]:
-    """DVC's stages in an order that respects its edges, each with the stages it depends on.
-
-    With `target`, only that stage and its ancestors. Raises ValueError listing the stages for an
-    unknown target.
-    """
-    from dvc.repo import Repo
-    from dvc.stage import PipelineStage
-
-    with Repo(str(root)) as repo:
-        graph = repo.index.graph
-        stages = {stage.addressing: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)}
-        edges = {
-            name: tuple(above.addressing for above in graph.successors(stage) if above.addressing in stages)
-            for name, stage in stages.items()
-        }
-    order = list(TopologicalSorter(edges).static_order())
-    if target is not None:
-        if target not in edges:
-            raise ValueError(f"expected one of the stages {', '.join(order)}, got target {target!r}")
-        wanted = {target}
-        for name in reversed(order):
-            wanted |= set(edges[name]) if name in wanted else set()
-        order = [name for name in order if name in wanted]
-    return {name: edges[name] for name in order}
-
-
-def read_lines(stream: int) -> Iterator[tuple[str, bool]]:
-    """Lines of a pipe as they arrive; True marks a progress bar's, which ends in a carriage return."""
-    decode, rest = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
-    while chunk := os.read(stream, 65536):
-        rest += decode(chunk)
-        # A final "\r" waits for the next chunk: it may be half of "\r\n".
-        *parts, rest = re.split(r"(\r\n|\n|\r(?!$))", rest)
-        for text, end in zip(parts[::2], parts[1::2], strict=True):
-            yield ANSI.sub("", text).rstrip(), end == "\r"
-    yield ANSI.sub("", rest).rstrip(), False
-
-
-def repro(name: str, root: Path, parent_run_id: str | None, logger: Logger) -> Result:
-    """Run one stage through DVC; raises StageFailed if its command fails."""
-    marks: dict[str, Result] = {
-        f"Running stage '{name}':": "ran",
-        f"Stage '{name}' is cached - skipping run, checking out outputs": "restored",
-        f"Stage '{name}' didn't change, skipping": "skipped",
-    }
-    results: list[Result] = []
-
-    def note(line: str) -> None:
-        results.extend([marks[line]] if line in marks else [])
-
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    run_logged(command, f"stage {name!r}", root, parent_run_id, logger, note)
-    return results[0] if results else "ran"
-
-
-def run_logged(
-    command: list[str],
-    name: str,
-    root: Path,
-    parent_run_id: str | None,
-    logger: Logger,
-    note: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Run a command, its output live in `logger` and every line in `note`; whatever stops us stops it too.
-
-    Raises StageFailed, which calls it `name`, if the command fails.
-    """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", PARENT_VARIABLE: parent_run_id or ""}
-    environment.pop("MLFLOW_RUN_ID", None)
-    tail: deque[str] = deque(maxlen=15)
-    logged = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=root,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    created = psutil.Process(process.pid).create_time()
-    assert process.stdout is not None
-    try:
-        for line, is_progress in read_lines(process.stdout.fileno()):
-            note(line)
-            if line and (not is_progress or time.monotonic() - logged > PROGRESS_EVERY_S):
-                logger.info("%s", line)
-                logged = time.monotonic()
-            if line and not is_progress:
-                tail.append(line)
-        code = process.wait()
-    except BaseException:
-        logger.warning("stopping %s", name)
-        end_tree(process.pid, created)
-        process.wait()
-        raise
-    finally:
-        process.stdout.close()
-    if code != 0:
-        raise StageFailed(f"{name} failed (exit code {code}); its last lines:\n" + "\n".join(tail))
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE)
@@ -162,6 +32,18 @@ def stage(name: str, parent_run_id: str | None) -> Outcome:
     """One DVC stage; what it leaves for readers becomes Prefect artifacts."""
     root, logger = Path.cwd(), get_run_logger()
     result = repro(name, root, parent_run_id, logger)
+    return shown(name, root, result, logger)
+
+
+@task(task_run_name="{name} on {pool}", cache_policy=NO_CACHE)
+def stage_on_pool(name: str, pool: str, parent_run_id: str | None) -> Outcome:
+    """One DVC stage on a work pool, brought back from there."""
+    root, logger = Path.cwd(), get_run_logger()
+    return shown(name, root, place(name, root, parent_run_id, logger), logger)
+
+
+def shown(name: str, root: Path, result: Result, logger: Logger) -> Outcome:
+    """The outcome of a stage, which is published on Prefect's page of the run."""
     logger.info("%s: %s", name, result)
     try:
         publish(name, root / "artifacts")
@@ -176,6 +58,7 @@ def publish(name: str, folder: Path) -> None:
         "sensitivity": "sensitivity/table.md",
         "plan": "plan/plan.md",
         "distill": "distill/validation.md",
+        "decoder": "decoder/decoder.md",
         "evaluate": "evaluate/summary.md",
     }
     if name in pages and (page := folder / pages[name]).is_file():
@@ -196,13 +79,6 @@ def publish_plot(plot: Path, key: str) -> None:
         create_image_artifact(picture, key=key, description=str(plot))
     else:
         create_link_artifact(plot.as_uri(), link_text=str(plot), key=key)
-
-
-def lock_digest(root: Path, name: str) -> str | None:
-    """sha256 of the stage's entry in dvc.lock, or None without one."""
-    path = root / "dvc.lock"
-    entry = yaml.safe_load(path.read_text())["stages"].get(name) if path.is_file() else None
-    return None if entry is None else json_digest(entry)
 
 
 def commit_tags(root: Path) -> dict[str, str]:
@@ -258,15 +134,25 @@ def vdmini(target: str | None = None) -> dict[str, str]:
     when one fails.
     """
     root = Path.cwd()
-    load_params(root / "params.yaml")
+    params = load_params(root / "params.yaml")
     edges = stage_graph(root, target)
+    pools = {name: params.resources_of(name).pool for name in edges}
+    placed = {name: pool for name, pool in pools.items() if pool != LOCAL}
+    check_pools(placed)
     states: dict[str, State[Outcome]] = {}
     results: dict[str, str] = {}
-    with parent_run("vdmini" if target is None else f"vdmini up to {target}", root) as parent:
+    title = "vdmini" if target is None else f"vdmini up to {target}"
+    with hold(root, "a run", get_run_logger()), parent_run(title, root) as parent:
         parent.tags["vdmini.target"] = target or "all"
         for name, above in edges.items():
             # Called, not submitted: Prefect delivers a cancellation to the main thread only.
-            states[name] = stage(name, parent.id, return_state=True, wait_for=[states[other] for other in above])
+            before = [states[other] for other in above]
+            if name in placed:
+                state = stage_on_pool(name, placed[name], parent.id, return_state=True, wait_for=before)
+                parent.tags[f"pool.{name}"] = placed[name]
+            else:
+                state = stage(name, parent.id, return_state=True, wait_for=before)
+            states[name] = state
             outcome = states[name].result()
             results[name] = outcome.result
             parent.tags[f"stage.{name}"] = outcome.result

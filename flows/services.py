@@ -33,7 +33,6 @@ Say = Callable[[str], None]
 
 
 def record_path(root: Path, name: str) -> Path:
-    """Where a running service is recorded."""
     """Where a service's process id and address are written; its log lies beside it."""
     return root / ".scratch" / "services" / f"{name}.json"
 
@@ -279,19 +278,10 @@ def _worker_is_online(api: str) -> bool:
 
 
 def _deploy(root: Path, api: str) -> None:
-    """Create the work pool if it is missing, deploy prefect.yaml, and let a plain `prefect` find the server."""
+    """Deploy prefect.yaml, and let a plain `prefect` find the server."""
     _profile(root).write_text(f'active = "vdmini"\n\n[profiles.vdmini]\nPREFECT_API_URL = "{api}"\n')
-    if not _post(f"{api}/work_pools/filter", {"work_pools": {"name": {"any_": [POOL]}}}):
-        _post(f"{api}/work_pools/", {"name": POOL, "type": "process", "base_job_template": _template()})
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    command = [sys.executable, "-m", "flows.deployment"]
     values = {**os.environ, **environment(root), "PREFECT_API_URL": api}
     done = subprocess.run(command, cwd=root, env=values, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"`prefect deploy --all` failed; its last lines:\n{_tail(done.stdout + done.stderr)}")
-
-
-def _template() -> dict[str, Any]:
-    """The process pool's job template from the installed Prefect; its command line would ask the internet."""
-    from prefect.workers.process import ProcessWorker
-
-    return ProcessWorker.get_default_base_job_template()
+        raise RuntimeError(_tail(done.stdout + done.stderr))

@@ -13,8 +13,11 @@ def setting_rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...
     sections = list[tuple[str, type[BaseModel]]]()
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            sections.append((key, field.annotation))
+        annotation: Any = field.annotation
+        if get_origin(annotation) is dict:  # sections by the name of a stage
+            sections.append((f"{key}.STAGE", get_args(annotation)[1]))
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            sections.append((key, annotation))
         else:
             yield key, type_text(field), default_text(field), field.description or ""
     for key, section in sections:

@@ -11,10 +11,10 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.full import parent_run, publish_plot, run_logged
+from flows.full import parent_run, publish_plot
+from flows.processes import run_logged
 from vdmini_core.artifacts import Plan, file_digest, read_json
 from vdmini_core.evaluation.study import LOSSES, Arm, Candidates, Study, comparison_arms, probe_arms
-from vdmini_core.pruning.channels import torch_pruning
 from vdmini_core.settings import load_params
 
 NEEDED = {"ablation": "prune", "comparison": "plan", "probe": "plan"}
@@ -111,13 +111,15 @@ def ablation(seeds: int = 3, steps: int | None = None, clips: int | None = None)
 
 
 @flow(name="vdmini", log_prints=True)
-def baselines(seeds: int = 3, steps: int | None = None, clips: int | None = None) -> dict[str, str]:
-    """Train students of equal size: the paper's layout, the current plan and the baselines; see `run_study`.
+def baselines(
+    seeds: int = 3, steps: int | None = None, clips: int | None = None, plans: str | None = None
+) -> dict[str, str]:
+    """Train students of equal size: the paper's layout, the current plan, those of a file, and the baselines.
 
-    MissingExtra, a ValueError, without Torch-Pruning.
+    See `run_study`.
     """
-    torch_pruning()
-    return run_study("comparison", comparison_arms(read_json(PLAN, Plan)), seeds, steps, clips)
+    further = () if plans is None else read_json(Path(plans), Candidates).plans
+    return run_study("comparison", comparison_arms(read_json(PLAN, Plan), further), seeds, steps, clips)
 
 
 @flow(name="vdmini", log_prints=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-RUN = "Run the recipe"
+RUN, LOOK = "Run the recipe", "Look"
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def explained() -> Iterator[None]:
 @contextmanager
 def flow_explained() -> Iterator[None]:
     """Exit code 1 where a stage of a flow fails and 130 after Ctrl-C; SIGTERM ends the flow in order."""
-    from flows.full import StageFailed
+    from flows.processes import StageFailed
 
     # Without a handler SIGTERM would skip the exit hook that ends Prefect's temporary server.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

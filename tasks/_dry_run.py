@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tasks._stage import quieten
 from vdmini_core.distillation.memory import distillation_memory
+from vdmini_core.pruning.decoder_dry_run import DecoderDryRun
+from vdmini_core.pruning.decoder_plan import describe_decoder_plan
 from vdmini_core.pruning.dry_run import DryRun, UnitFacts, dry_run, units_of
 from vdmini_core.settings import load_params
 
@@ -72,3 +74,18 @@ def dry_run_text(result: DryRun) -> str:
 def in_digits(value: float) -> str:
     """A positive number in three digits or more, never with an exponent above 10^-4."""
     return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
+
+
+def decoder_dry_run_text(result: DecoderDryRun) -> str:
+    """A decoder's dry run for a person to read."""
+    frames, height, width = result.clip_shape
+    rows = [("part", "parameters", "GFLOPs", "can go")]
+    for part in result.parts:
+        rows.append((part.name, f"{part.parameters:,}", f"{part.flops / 1e9:,.1f}", "no" if part.stays else "yes"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    table = "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
+    head = (
+        f"{result.source}, {result.vae}\n"
+        f"{frames} frames of {height} x {width}, latents {' x '.join(map(str, result.latent_shape))}"
+    )
+    return f"{head}\n\n{table}\n\n{describe_decoder_plan(result.plan).rstrip()}"

@@ -43,6 +43,8 @@ def generate(
     frames: int | None,
     steps: int,
     seed: int,
+    tile: int | None = None,
+    chunk: int | None = None,
 ) -> None:
     """Write one mp4 that continues `image` or shows `prompt`; size and default length are the model's own."""
     quieten()
@@ -57,7 +59,15 @@ def generate(
     default_frames, height, width = pipeline.default_shape()
     first = torch.zeros(1, 3, height, width) if image is None else read_image(image, height, width)
     clip = generate_clip(
-        pipeline, first, prompt or "", frames=frames or default_frames, steps=steps, seed=seed, told=EncodeSettings()
+        pipeline,
+        first,
+        prompt or "",
+        frames=frames or default_frames,
+        steps=steps,
+        seed=seed,
+        told=EncodeSettings(),
+        tile=tile,
+        chunk=chunk,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_clip_to(out, clip)

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks._tracking import MlflowException, connect, project_root, tracking_uri
+from tasks._tracking import EXPERIMENT, MlflowException, connect, project_root, tracking_uri
 
 FOLDER_TAG = "vdmini.folder"
 DIGEST_TAG = "vdmini.digest"
+OUTPUTS_TAG = "vdmini.outputs"
 
 
 @contextmanager
@@ -50,8 +51,9 @@ def register_model(
         raise FileNotFoundError(f"{source_folder} is not a folder; register a stage's output folder")
     if run_id is None and tracking_uri().startswith("http"):
         raise ConnectionError(
-            f"expected a run on {tracking_uri()} to register from, got none: the server did not answer when the "
-            "stage began; start it with `vdmini up` and run the stage again, or unset MLFLOW_TRACKING_URI"
+            f"expected a run on {tracking_uri()} to register from, got none: the server did not answer, or "
+            "refused, when the stage began; start it with `vdmini up`, or set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD for one with accounts, and run the stage again, or unset MLFLOW_TRACKING_URI"
         )
     folder, root = source_folder.resolve(), project_root().resolve()
     place = folder.relative_to(root) if folder.is_relative_to(root) else folder
@@ -71,8 +73,8 @@ def register_model(
         return int(version)
 
 
-def model_tags(uri: str) -> dict[str, str]:
-    """The tags of the version that `models:/<name>@<alias>` or `models:/<name>/<version>` names.
+def find_version(uri: str) -> Any:
+    """The version that `models:/<name>@<alias>` or `models:/<name>/<version>` names: its name, version, tags.
 
     Raises ValueError for another form, LookupError (listing what there is) for an unknown version.
     """
@@ -90,7 +92,24 @@ def model_tags(uri: str) -> dict[str, str]:
         if wanted not in versions:
             known = f"aliases {_names(aliases)}; versions {_names(versions)}"
             raise LookupError(f"{uri}: no such version at {tracking_uri()}; {name!r} has {known}")
-        return dict(versions[wanted].tags)
+        return versions[wanted]
+
+
+def model_tags(uri: str) -> dict[str, str]:
+    """The tags of a version; raises as `find_version` does."""
+    return dict(find_version(uri).tags)
+
+
+def run_with_outputs(stage: str, outputs: str) -> tuple[str | None, dict[str, str]]:
+    """The newest finished run of a stage whose outputs have this digest, and its tags; None if there is none."""
+    with _registry() as client:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return None, {}
+        wanted = f"tags.`vdmini.stage` = '{stage}' and tags.`{OUTPUTS_TAG}` = '{outputs}'"
+        newest = ["attributes.start_time DESC"]
+        runs = client.search_runs([experiment.experiment_id], filter_string=wanted, max_results=1, order_by=newest)
+        return (runs[0].info.run_id, dict(runs[0].data.tags)) if runs else (None, {})
 
 
 def resolve_model(uri: str) -> Path:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import logging
 import os
 import platform
@@ -23,7 +24,7 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
-from vdmini_core.artifacts import Provenance, disk_is_full, json_digest
+from vdmini_core.artifacts import Provenance, disk_is_full, folder_digest, json_digest
 from vdmini_core.settings import Params, Settings, load_params
 
 if TYPE_CHECKING:
@@ -31,14 +32,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-STAGES = ("data", "teacher", "encode", "sensitivity", "plan", "prune", "distill", "evaluate", "register")
+STAGES = ("data", "teacher", "encode", "sensitivity", "plan", "prune", "distill", "decoder", "evaluate", "register")
 ARTIFACTS = Path("artifacts")
 SCRATCH = Path(".scratch")
 
 # The last part of the settings, of the stage and of `data`, on which its hunger depends.
 MEMORY_KEYS = ("batch_size", "frames", "size")
 DISK_KEYS = ("keep_checkpoints", "teacher_draws", "train_clips", "test_clips")
-RESUMABLE = {"distill": ". distill.loop.accumulate above 1 and distill.checkpointing need less, and go on where it was"}
+RESUMABLE = {
+    "distill": ". distill.loop.accumulate above 1 and distill.checkpointing need less, and go on where it was",
+    "decoder": ". decoder.frames, decoder.crop and decoder.loop.accumulate make a step smaller",
+}
 
 
 @dataclass
@@ -102,14 +106,15 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
 def provenance(params: dict[str, Any], device: torch.device, inputs: dict[str, str]) -> Provenance:
     """What produces a result here and now, from these parameters and inputs (name -> digest)."""
     packages = ("vdmini", "torch", "diffusers", "transformers")
+    vectors = torch.backends.cpu.get_cpu_capability()  # sums differ in their last digits between these
     return Provenance(
         commit=_git("rev-parse", "HEAD"),
-        dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
+        dirty=changed_files() != (),
         params=params,
         params_digest=json_digest(params),
         inputs=inputs,
         software={"python": platform.python_version(), **{name: version(name) for name in packages}},
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {device_name(device)}",
+        machine=f"{platform.machine()} with {vectors}, {torch.get_num_threads()} threads, {device_name(device)}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -117,6 +122,19 @@ def provenance(params: dict[str, Any], device: torch.device, inputs: dict[str, s
 def device_name(device: torch.device) -> str:
     """The accelerator's name, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def run_tags(provenance: Provenance, outputs: str) -> dict[str, str]:
+    """What a run of a stage says of itself; by the digest of its outputs a lineage finds the run that made them."""
+    return {
+        "git.commit": provenance.commit,
+        "git.dirty": str(provenance.dirty).lower(),
+        "vdmini.machine": provenance.machine,
+        "vdmini.threads": str(torch.get_num_threads()),
+        "vdmini.processes": os.environ.get("WORLD_SIZE", "1"),
+        "vdmini.software": json.dumps(provenance.software),
+        "vdmini.outputs": outputs,
+    }
 
 
 def params_of(params: Params, stage: str) -> Settings:
@@ -142,9 +160,11 @@ def run_stage(name: str) -> None:
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         with open_tracker(name, settings, SCRATCH / "tracking" / name) if main else nullcontext() as tracker:
             context = Context(name, params, tracker, device, main)
-            end_on_sigterm(context, after_a_checkpoint=name == "distill")
+            end_on_sigterm(context, after_a_checkpoint=name in RESUMABLE)
             with resources_explained(context):
                 module.run(context)
+            if main:
+                tracker.tags(run_tags(context.provenance(), folder_digest(context.folder)))
 
 
 def end_on_sigterm(context: Context, *, after_a_checkpoint: bool) -> None:
@@ -217,6 +237,12 @@ def quieten() -> None:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def changed_files() -> tuple[str, ...] | None:
+    """The tracked files that differ from the commit; None without git."""
+    names = _git("diff", "--name-only", "-z", "HEAD")
+    return None if names == "unknown" else tuple(name for name in names.split("\0") if name)
 
 
 def _git(*arguments: str) -> str:

@@ -22,7 +22,7 @@ from vdmini_core.evaluation.study import STAGE, UNITS, Arm, Part, Study, StudyRo
 from vdmini_core.evaluation.study_pages import plot_study, ranking_table, study_table
 from vdmini_core.models import Denoiser, load_denoiser
 from vdmini_core.pruning.baselines import SEEDED, Pruning, StudentFacts, parameters_of, student_by, without_units
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import Params, load_params
 
 TABLE = "table"
@@ -130,7 +130,7 @@ def pruned_of(context: Context, arm: Arm, seed: int | None, study: Study) -> Pru
     student = without_units(pruning, arm.removed) if arm.method == UNITS else student_by(arm.method, pruning)
     folder.mkdir(parents=True, exist_ok=True)
     facts_path.unlink(missing_ok=True)
-    save_denoiser(student.denoiser, folder / "denoiser")
+    save_model(student.denoiser, folder / "denoiser")
     facts = StudentFacts(
         method=arm.method,
         removed=student.removed,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 # Read by MLflow: nothing leaves the machine, and a request to a dead server ends within seconds,
 # not after MLflow's several minutes.
@@ -53,8 +54,17 @@ def project_root() -> Path:
 
 
 def tracking_uri() -> str:
-    """Where runs go: MLFLOW_TRACKING_URI, else the project's own sqlite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+    """Where runs go: MLFLOW_TRACKING_URI, else the project's own sqlite file.
+
+    Addresses appear in messages, so a password in one moves to the variables that MLflow reads.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+    parts = urlsplit(uri)
+    if uri.startswith("http") and parts.password is not None:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+        uri = os.environ["MLFLOW_TRACKING_URI"] = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return uri
 
 
 def _patience_s(uri: str) -> float:

@@ -16,7 +16,7 @@ from vdmini_core.distillation.preflight import check_fits, memory_there, needed_
 from vdmini_core.distillation.validation import Validation, validation_table
 from vdmini_core.models import Denoiser, load_denoiser, load_pipeline
 from vdmini_core.models.sources import resolve_source
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import DistillSettings
 from vdmini_core.training.distributed import clips_at_a_time
 from vdmini_core.training.history import History
@@ -61,7 +61,7 @@ def run(context: Context) -> None:
     if not context.main:
         return
     settings = context.params.distill
-    save_denoiser(found.student, context.folder / "denoiser")
+    save_model(found.student, context.folder / "denoiser")
     write_json(context.folder / "distill.json", context.provenance(**inputs))
     found.history.write(context.folder / "history.json")
     if found.validation is not None:

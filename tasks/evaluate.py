@@ -13,6 +13,8 @@ def run(context: Context) -> None:
     settings, folder = context.params.evaluate, context.folder
     pipeline = teacher_pipeline(context, "denoiser", "vae")
     students = {"pruned": context.input("prune") / "denoiser", "recovered": context.input("distill") / "denoiser"}
+    vae = context.input("decoder") / "vae"
+    digests = students | ({"decoder": vae} if vae.is_dir() else {})
     report = evaluate_rows(
         pipeline,
         students,
@@ -22,9 +24,10 @@ def run(context: Context) -> None:
         folder / "clips",
         protocol(context, settings),
         context.provenance(
-            teacher=teacher_manifest(context).digest, **{name: folder_digest(path) for name, path in students.items()}
+            teacher=teacher_manifest(context).digest, **{name: folder_digest(path) for name, path in digests.items()}
         ),
         context.track,
+        vae if vae.is_dir() else None,
     )
     write_json(folder / "report.json", report)
     write_json(folder / "metrics.json", flat_metrics(report))

@@ -1,11 +1,10 @@
 """Stage register: assemble the compressed pipeline; if it passes the gate, give it a registry version."""
 
-import json
-
 from tasks._inputs import teacher_manifest
-from tasks._registry import DIGEST_TAG, register_model
+from tasks._lineage import lineage_here, lineage_tags
+from tasks._registry import register_model
 from tasks._stage import Context
-from vdmini_core.artifacts import EvaluationReport, Plan, file_digest, folder_digest, read_json, write_json
+from vdmini_core.artifacts import EvaluationReport, folder_digest, read_json, write_json
 from vdmini_core.evaluation.compare import flat_metrics
 from vdmini_core.evaluation.gate import failed_gates
 from vdmini_core.models.export import export_pipeline
@@ -15,24 +14,21 @@ from vdmini_core.models.verify import teacher_folder
 def run(context: Context) -> None:
     settings, teacher = context.params.register_, teacher_manifest(context)
     report = read_json(context.input("evaluate") / "report.json", EvaluationReport)
-    plan = read_json(context.input("plan") / "plan.json", Plan)
     source = teacher_folder(context.input("teacher") / "teacher.json")
     stock = context.params.register_.mid == "identity"
-    model = export_pipeline(source, context.input("distill") / "denoiser", context.folder / "model", stock=stock)
+    vae = context.input("decoder") / "vae"
+    model = export_pipeline(
+        source,
+        context.input("distill") / "denoiser",
+        context.folder / "model",
+        vae=vae if vae.is_dir() else None,
+        stock=stock,
+    )
     digest = folder_digest(model)
     provenance = context.provenance(teacher=teacher.digest, model=digest)
     verdict = {"failed": failed_gates(report, settings), "model_digest": digest, "version": None}
     if not verdict["failed"]:
-        lineage = {
-            DIGEST_TAG: digest,
-            "vdmini.commit": provenance.commit,
-            "vdmini.teacher": teacher.source,
-            "vdmini.teacher_digest": teacher.digest,
-            "vdmini.plan_digest": file_digest(context.input("plan") / "plan.json"),
-            "vdmini.removed": ",".join(plan.removed),
-            "vdmini.evaluation_protocol": report.protocol_digest,
-            "vdmini.params": json.dumps(context.params.model_dump(mode="json")),
-        }
+        lineage = lineage_tags(lineage_here(context, provenance))
         metrics = flat_metrics(report)
         verdict["version"] = register_model(
             settings.name, settings.alias, model, lineage, metrics, context.tracker.run_id

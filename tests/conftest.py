@@ -9,6 +9,18 @@ from tests import tiny
 from vdmini_core.models import SVD, Condition, UNetDenoiser, load_pipeline
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--slow` runs the tests that take minutes, too."""
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes unless it is asked for."""
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
 @pytest.fixture
 def tiny_unet() -> UNetDenoiser:
     """A fresh random U-Net of equal widths, so that most removals are legal."""

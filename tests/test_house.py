@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from tasks._stage import STAGES, params_of
-from vdmini_core.artifacts import ValidationRow
+from vdmini_core.artifacts import RecoveryRow, ValidationRow
 from vdmini_core.evaluation.plots import CURVES
 from vdmini_core.settings import load_params
 
@@ -17,7 +17,7 @@ def test_modules_stages_and_sections_have_the_same_names_in_the_same_order() -> 
     modules = {path.stem for path in (ROOT / "tasks").glob("*.py") if not path.stem.startswith("_")}
     assert modules == set(STAGES)
     assert tuple(RECIPE) == STAGES
-    assert tuple(yaml.safe_load((ROOT / "params.yaml").read_text())) == STAGES
+    assert tuple(yaml.safe_load((ROOT / "params.yaml").read_text())) == (*STAGES, "resources")
 
 
 def test_every_stage_has_its_settings() -> None:
@@ -44,8 +44,10 @@ def test_every_code_dependency_exists() -> None:
 
 
 def test_plots_have_the_names_of_mlflows_metrics() -> None:
-    """Training logs its losses under the names in history.json, validation a row's fields behind `validation/`."""
+    """Trainings log losses under the names in history.json, validations a row's fields behind a name of their own."""
     logged = {f"validation/{field}": field for field in ValidationRow.model_fields} | {name: name for name in CURVES}
+    logged |= {f"recovery/{field}": field for field in RecoveryRow.model_fields}
+    logged |= {"train/decoder/total": "train/decoder/total"}
     plots = {
         name: plot for entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for name, plot in entry.items()
     }

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from vdmini_core.settings import Params, load_params
+from vdmini_core.settings import LOCAL, Params, load_params
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = "distill: {loop: {max_steps: 1, batch_size: 1}}\n"
@@ -35,6 +35,13 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     params = load_params(tmp_path / "params.yaml")
     assert params.data.source == "synthetic"
     assert params.plan.method == "paper"
+
+
+def test_a_stage_runs_here_unless_it_is_placed(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(MINIMAL + "resources: {distill: {pool: gpu, gpus: 4}}\n")
+    params = load_params(tmp_path / "params.yaml")
+    assert params.resources_of("distill").pool == "gpu"
+    assert params.resources_of("evaluate").pool == LOCAL
 
 
 def test_settings_are_frozen() -> None:
@@ -84,6 +91,11 @@ def test_the_schema_names_every_section_of_the_file() -> None:
             "distill.validation.every: Input should be greater than or equal to 0, got -1",
         ),
         (MINIMAL + "evaluate: {latency_runs: 3}\n", "evaluate.latency_runs: Input should be greater than or equal to"),
+        (MINIMAL + "resources: {decode: {}}\n", "resources: there is no stage decode; there are data, teacher, encode"),
+        (MINIMAL + "resources: {distill: {pol: gpu}}\n", "unknown key 'resources.distill.pol'"),
+        (MINIMAL + "resources: {plan: {launcher: accelerate}}\n", "resources: only distill runs in several processes"),
+        (MINIMAL + "resources: {distill: {nodes: 2}}\n", "resources: several nodes need a launcher"),
+        (MINIMAL + "resources: {sensitivity: {parts: 2}}\n", "resources: only sensitivity, on a pool, has parts"),
         ("- a list\n", "(whole file): "),
         ("", "(whole file): "),
     ],

@@ -284,8 +284,22 @@ class EvaluationRow(Record):
     alarms: dict[str, str] = {}
 
 
+class Corner(Record):
+    """A denoiser (teacher or recovered) with a decoder (original or compressed): clips of the same latents.
+
+    `stages` as in EvaluationRow, of all corners in turn; `flicker_ratio` is to the teacher's with the original decoder.
+    """
+
+    denoiser: str
+    decoder: str
+    parameters: int
+    quality: Quality
+    flicker_ratio: float
+    stages: dict[str, Latency]
+
+
 class EvaluationReport(Record):
-    """The three rows, their floor, and how much of the gap recovery closed."""
+    """The three rows, their floor, how much of the gap recovery closed, and with two decoders the four corners."""
 
     protocol: dict[str, Any]
     protocol_digest: str
@@ -296,25 +310,33 @@ class EvaluationReport(Record):
     latency_ratio: float
     recovery: dict[str, float | None]
     gallery: tuple[dict[str, str], ...]
+    corners: tuple[Corner, ...] = ()
     provenance: Provenance
 
 
-class ValidationRow(Record):
-    """The averaged student on the validation clips after `step` steps of distillation.
+class WatchedRow(Record):
+    """What an alarm is read off after `step` steps: how clips move, flicker and vary, as ratios to the teacher's.
 
-    Ratios are to the teacher's clips from the same noise and conditions. The hinge loss is the discriminator's,
-    a mean over the training since the validation before; None without one. A higher score is better.
+    The hinge loss is the discriminator's, a mean over the training since the row before; None without one.
     """
 
     step: int
-    content_accuracy: float | None = None
-    motion_accuracy: float | None = None
-    content_distance: float
-    motion_distance: float
     flow_ratio: float
     flicker_ratio: float
     contrast_ratio: float
     discriminator_hinge: float | None = None
+
+
+class ValidationRow(WatchedRow):
+    """The averaged student on the validation clips after `step` steps of distillation.
+
+    Ratios are to the teacher's clips from the same noise and conditions. A higher score is better.
+    """
+
+    content_accuracy: float | None = None
+    motion_accuracy: float | None = None
+    content_distance: float
+    motion_distance: float
     score: float
 
 
@@ -333,3 +355,91 @@ class ValidationReport(Record):
     rows: tuple[ValidationRow, ...]
     best: int | None
     alarms: tuple[Alarm, ...]
+
+
+class Reconstruction(Record):
+    """Decoded clips beside others: PSNR in dB, SSIM, and flicker, the mean absolute second difference in time."""
+
+    psnr: float
+    ssim: float
+    flicker: float
+
+
+class RecoveryRow(WatchedRow):
+    """The averaged decoder on held-out latents after `step` steps, beside the original decoder's clips."""
+
+    psnr: float
+    ssim: float
+
+
+class DecoderPart(Record):
+    """One part of a decoder: a unit, or what always stays.
+
+    `time_ms` is its time in a call at each share of channels that was timed. The rest is of the original decoder
+    without the unit, beside itself: None for a part that cannot go; `damage` is the mean squared difference of pixels.
+    """
+
+    name: str
+    parameters: int
+    flops: int
+    time_ms: dict[str, float]
+    damage: float | None = None
+    alone: Reconstruction | None = None
+
+
+class ChannelScore(Record):
+    """What it does to clips if one resolution keeps a share of its channels, before any training."""
+
+    level: int
+    share: float
+    damage: float
+
+
+class DecoderSensitivity(Record):
+    """Every part of a decoder, what it costs and what its absence does; times are of `shape` latents on one device."""
+
+    shape: tuple[int, ...]
+    whole_ms: dict[str, float]
+    parts: tuple[DecoderPart, ...]
+    channels: tuple[ChannelScore, ...]
+    flicker: float
+
+
+class DecoderPlan(Record):
+    """Which units of a decoder go and what share of channels stays at each resolution, from latents to pixels.
+
+    Parameters are the decoder's, without the encoder; FLOPs and predicted times are of one clip; times are None where
+    none was measured.
+    """
+
+    method: str
+    removed: tuple[str, ...]
+    shares: tuple[float, ...]
+    layout: tuple[str, str]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    predicted_ms: tuple[float, float] | None = None
+
+    @property
+    def predicted_ratio(self) -> float | None:
+        """Of the time."""
+        return None if self.predicted_ms is None else self.predicted_ms[1] / self.predicted_ms[0]
+
+
+class DecoderReport(Record):
+    """A compressed decoder beside the original one.
+
+    `quality` is of the original's, the pruned and the recovered decoder's clips beside the real held-out ones, `real`
+    their flicker; `latencies` are of decoding one clip, original and recovered in turn, `curve` the recovery on
+    held-out latents beside the original decoder.
+    """
+
+    plan: DecoderPlan
+    sensitivity: DecoderSensitivity
+    quality: dict[str, Reconstruction]
+    real_flicker: float
+    clips: int
+    latencies: dict[str, Latency]
+    curve: tuple[RecoveryRow, ...]
+    alarms: tuple[Alarm, ...]
+    provenance: Provenance

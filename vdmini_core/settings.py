@@ -285,6 +285,71 @@ def _contradiction(message: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{message}", {"message": message})
 
 
+class DecoderDiscriminatorSettings(Settings):
+    """The patch discriminator of the decoder's adversarial loss."""
+
+    learning_rate: float = Field(5.0e-4, gt=0)
+    warmup_steps: int = Field(30, ge=0, description="steps that train it alone against a fixed decoder loss")
+    ramp_steps: int = Field(60, ge=0, description="steps over which its weight rises from zero after the warm-up")
+    channels: int = Field(24, gt=0, description="of its first layer; the next have twice as many")
+
+
+class DecoderValidationSettings(Settings):
+    """The recovery curve: the averaged decoder on latents of test clips, beside the original decoder's clips."""
+
+    every: int = Field(50, ge=0, description="steps from one to the next; 0: none")
+    clips: int = Field(16, gt=1, description="the first test clips, which nothing is chosen by here")
+    alarms: AlarmSettings = AlarmSettings()
+
+
+class DecoderSettings(Settings):
+    """The VAE's decoder: which layers and channels go within a budget of time, and how it recovers.
+
+    The loss is reconstruction_weight (L1 + L2) + perceptual_weight + temporal_weight + adversarial_weight, towards what
+    the original decoder makes of the cached latents.
+    """
+
+    enabled: bool = Field(True, description="false: the decoder stays as it is, and the stage does nothing")
+    method: Literal["optimal", "paper", "manual"] = Field(
+        "optimal",
+        description="optimal: least measured damage within the budget of time; paper: no mid block, one layer in the "
+        "last block, .616 of the parameters; manual: exactly `remove` and `shares`",
+    )
+    ratio: float = Field(0.45, gt=0, le=1, description="optimal: predicted time, of the original decoder's, at most")
+    channel_weight: float = Field(
+        0.05,
+        ge=0,
+        description="optimal: of damage by missing channels; training recovers it sooner than missing layers",
+    )
+    remove: tuple[str, ...] = Field((), description="manual: units or blocks such as M or U.3.1")
+    shares: tuple[float, ...] = Field(
+        (), description="manual: share of the channels that stays at each resolution, from the latents' to the pixels'"
+    )
+    clips: int = Field(8, gt=0, description="training clips that the sensitivity is measured on")
+    latency_runs: int = Field(7, gt=0, description="timed calls of each decoder for the plan")
+    learning_rate: float = Field(1.0e-3, gt=0)
+    reconstruction_weight: float = Field(1.0, ge=0)
+    perceptual_weight: float = Field(0.1, ge=0)
+    perceptual: Literal["evaluator", "lpips"] = Field(
+        "evaluator", description="whose features: the project's own evaluator's, or LPIPS (the extra of its name)"
+    )
+    temporal_weight: float = Field(1.0, ge=0, description="of differences between neighbouring frames, against flicker")
+    adversarial_weight: float = Field(0.005, ge=0)
+    frames: int | None = Field(None, gt=1, description="latent frames of a training window; None: the whole clip")
+    crop: int | None = Field(None, gt=1, description="latents of its side; None: the whole frame")
+    discriminator: DecoderDiscriminatorSettings = DecoderDiscriminatorSettings()
+    validation: DecoderValidationSettings = DecoderValidationSettings()
+    loop: LoopSettings = LoopSettings(max_steps=1000, batch_size=4)
+
+    @model_validator(mode="after")
+    def _manual_shares(self) -> Self:
+        if self.method == "manual" and not self.remove and not self.shares:
+            raise _contradiction("method manual needs remove or shares, such as remove: [M] and shares: [1, 1, .5, .5]")
+        if self.method != "manual" and (self.remove or self.shares):
+            raise _contradiction(f"remove and shares are of method manual, and method is {self.method}")
+        return self
+
+
 class EvaluateSettings(SamplerSettings):
     """Teacher, prune-only and recovered student side by side on the same seeds."""
 
@@ -319,6 +384,37 @@ class RegisterSettings(Settings):
     min_motion_recovery: float = Field(0.5, le=1)
 
 
+LOCAL = "local"
+
+
+class Resources(Settings):
+    """Where one stage runs; no stage's result depends on it, so that moving a stage makes nothing stale."""
+
+    pool: str = Field(LOCAL, min_length=1, description="local: in place; else a Prefect work pool, by its deployment")
+    gpus: int = Field(1, ge=0, description="launcher accelerate: processes on each node, one a GPU; 0: one on the CPU")
+    launcher: Literal["none", "accelerate"] = Field("none", description="accelerate: several processes, distill only")
+    nodes: int = Field(1, gt=0, description="above 1: of a SLURM allocation, with launcher accelerate")
+    parts: int = Field(1, gt=0, description="runs of the pool that share the units, sensitivity only")
+    push_checkpoints_s: float = Field(
+        60.0, gt=0, description="seconds between looks for checkpoints from which another worker could go on"
+    )
+
+
+def _placeable(resources: dict[str, Resources]) -> dict[str, Resources]:
+    """Stages that exist, and only what they can do."""
+    stages = [field.alias or name for name, field in Params.model_fields.items() if name != "resources"]
+    for name, wanted in resources.items():
+        if name not in stages:
+            raise _contradiction(f"there is no stage {name}; there are {', '.join(stages)}")
+        if wanted.launcher != "none" and name != "distill":
+            raise _contradiction(f"only distill runs in several processes; set {name}.launcher to none")
+        if wanted.nodes > 1 and wanted.launcher == "none":
+            raise _contradiction(f"several nodes need a launcher; set {name}.launcher to accelerate, or nodes to 1")
+        if wanted.parts > 1 and (name != "sensitivity" or wanted.pool == LOCAL):
+            raise _contradiction(f"only sensitivity, on a pool, has parts; set {name}.parts to 1")
+    return resources
+
+
 class Params(Settings):
     """All of params.yaml."""
 
@@ -329,8 +425,14 @@ class Params(Settings):
     plan: PlanSettings = PlanSettings()
     prune: PruneSettings = PruneSettings()
     distill: DistillSettings
+    decoder: DecoderSettings = DecoderSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     register_: RegisterSettings = Field(RegisterSettings(), alias="register")
+    resources: Annotated[dict[str, Resources], AfterValidator(_placeable)] = Field({}, description="by stage")
+
+    def resources_of(self, stage: str) -> Resources:
+        """Where a stage runs: here, unless something else is said."""
+        return self.resources.get(stage, Resources())
 
 
 def load_params(path: Path) -> Params:

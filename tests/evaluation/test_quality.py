@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import PROVENANCE, write_latents
-from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Latency, Quality
+from vdmini_core.artifacts import Corner, EvaluationReport, EvaluationRow, Latency, Quality
 from vdmini_core.data.synthetic import Label, render_clip
 from vdmini_core.evaluation.compare import recovery
 from vdmini_core.evaluation.evaluator import Evaluator, Judgement, accuracies, load_evaluator, save_evaluator
@@ -189,6 +189,29 @@ FULL = {"content_accuracy": 1.0, "motion_accuracy": 1.0, "content_distance": 1.0
 
 def test_a_student_that_meets_every_threshold_passes() -> None:
     assert failed_gates(report(quality(0.9, 0.9), 0.4, FULL), RegisterSettings()) == []
+
+
+def test_with_a_compressed_decoder_the_gate_judges_what_would_be_registered() -> None:
+    whole = report(quality(0.9, 0.9), 0.4, FULL)
+    rows = tuple(
+        whole.rows[0].model_copy(update={"name": name, "quality": quality(*accuracies)})
+        for name, accuracies in (("teacher", (1.0, 1.0)), ("pruned", (0.1, 0.1)), ("recovered", (0.9, 0.9)))
+    )
+    corner = Corner(
+        denoiser="recovered",
+        decoder="compressed",
+        parameters=1,
+        quality=quality(0.9, 0.37),
+        flicker_ratio=1,
+        stages={},
+    )
+    without = whole.model_copy(update={"rows": rows})
+    assert failed_gates(without, RegisterSettings()) == []
+    failed = failed_gates(without.model_copy(update={"corners": (corner,)}), RegisterSettings(min_motion_accuracy=0.5))
+    assert failed == [
+        "motion accuracy is 0.370, register.min_motion_accuracy is 0.5",
+        "0.300 of the gap in motion accuracy was closed, register.min_motion_recovery is 0.5",
+    ]
 
 
 def test_every_missed_threshold_is_one_sentence_with_its_key() -> None:

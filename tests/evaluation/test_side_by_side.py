@@ -11,15 +11,24 @@ from torch import Tensor
 from tests.tiny import PROVENANCE, write_latents
 from vdmini_core.artifacts import EvaluationReport, Latency
 from vdmini_core.data.latents import LatentCache
-from vdmini_core.evaluation.compare import ROWS, evaluate_rows, flat_metrics, summary
+from vdmini_core.evaluation.compare import ROWS, corners_table, evaluate_rows, flat_metrics, summary
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.metrics.paired import cosine_distance, paired, see
 from vdmini_core.evaluation.metrics.pixels import MOST_PSNR, pixel_measures
 from vdmini_core.evaluation.quality import generated_batches
-from vdmini_core.evaluation.side_by_side import PAIRED_MEASURES, RowClips, diversity, estimates, generate_rows
+from vdmini_core.evaluation.report_rows import corners_section, waterfall
+from vdmini_core.evaluation.side_by_side import (
+    PAIRED_MEASURES,
+    RowClips,
+    diversity,
+    estimates,
+    generate_rows,
+    with_decoder,
+)
 from vdmini_core.evaluation.stage_times import STAGES
 from vdmini_core.models import SVD
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.models.decoder import VAEDecoder
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings(clips=5, steps=1, batch_size=2, gallery=1, diversity=3, end_to_end_runs=2)
@@ -117,7 +126,7 @@ def report(
 ) -> EvaluationReport:
     """The tiny teacher, also as the recovered student. Peak memory, in processes, is left to the stages' tests."""
     folder = tmp_path_factory.mktemp("students")
-    save_denoiser(tiny_pipeline.denoiser.without(("M",)), folder / "pruned")
+    save_model(tiny_pipeline.denoiser.without(("M",)), folder / "pruned")
     settings = SETTINGS.model_copy(update={"latency_runs": 2, "latency_warmup": 0})  # fewer than may be set
     students = {"pruned": folder / "pruned", "recovered": tiny_pipeline.folder / "unet"}
     with pytest.MonkeyPatch.context() as patch:
@@ -161,3 +170,43 @@ def test_students_without_a_pair_have_no_table_of_pairs(report: EvaluationReport
     rows = tuple(row.model_copy(update={"intervals": {}, "stages": {}}) for row in report.rows)
     assert "beside the teacher" not in summary(report.model_copy(update={"rows": rows}))
     assert isinstance(rows[0].latency, Latency)
+
+
+def test_the_same_latents_decoded_by_the_same_decoder_twice_are_the_same_clips(
+    tiny_pipeline: SVD, data: LatentCache, evaluator: Evaluator
+) -> None:
+    settings = SETTINGS.model_copy(update={"clips": 3, "diversity": 0})
+    denoisers = {"teacher": tiny_pipeline.denoiser, "recovered": tiny_pipeline.denoiser.without(("M",))}
+    found = generate_rows(tiny_pipeline, denoisers, data, evaluator, settings, compressed=tiny_pipeline)
+    assert list(found) == ["teacher, compressed decoder", "recovered, compressed decoder", "teacher", "recovered"]
+    for name in denoisers:
+        assert torch.equal(found[with_decoder(name)].judged.content, found[name].judged.content)
+        assert torch.equal(found[with_decoder(name)].dynamics, found[name].dynamics)
+    assert (found[with_decoder("teacher")].pairs["psnr"] == MOST_PSNR).all()
+
+
+def test_four_corners_have_a_decoder_each_and_no_speed_up_from_few_runs(
+    tiny_pipeline: SVD, data: LatentCache, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    students = {name: tmp_path / name for name in ROWS[1:]}
+    for name, folder in students.items():
+        save_model(tiny_pipeline.denoiser.without(("M",)) if name == "pruned" else tiny_pipeline.denoiser, folder)
+    save_model(VAEDecoder(tiny_pipeline.vae).without(("M",)), tmp_path / "vae")
+    settings = SETTINGS.model_copy(update={"clips": 4, "diversity": 0, "end_to_end_runs": 1})
+    report = evaluate_rows(
+        tiny_pipeline, students, data, evaluator, settings, tmp_path, {}, PROVENANCE, vae=tmp_path / "vae"
+    )
+    teacher, smaller, student, both = report.corners
+    assert (teacher.quality, student.quality) == (report.rows[0].quality, report.rows[2].quality)
+    assert teacher.flicker_ratio == 1
+    assert smaller.parameters - teacher.parameters == both.parameters - student.parameters < 0
+    assert smaller.quality == both.quality != teacher.quality  # this student is the teacher
+    lines = corners_table(report.corners)
+    assert lines[2].startswith("| teacher | original | ")
+    assert "a speed-up needs 30" in lines[-2]
+    page = waterfall({row.name: row for row in report.rows}, report.corners)
+    assert "<h3>recovered, compressed decoder</h3>" in page
+    assert corners_section(report.corners).count("<tr>") == 5
+    assert corners_section(()) == ""
+    metrics = flat_metrics(report)
+    assert metrics["corner/end_to_end_ms/recovered_compressed"] == both.stages["end_to_end"].median_ms

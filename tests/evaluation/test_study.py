@@ -187,6 +187,12 @@ def test_the_current_plan_is_no_arm_of_its_own_where_it_is_the_papers() -> None:
     assert comparison_arms(plan_of("paper")) == (PAPER, *CONTROLS)
 
 
+def test_further_plans_are_arms_beside_the_current_one() -> None:
+    arms = comparison_arms(plan_of("optimal"), (Candidate(name="fast", removed=("M",)),))
+    assert [arm.name for arm in arms][:3] == ["paper", "optimal", "fast"]
+    assert (arms[2].method, arms[2].removed) == ("units", ("M",))
+
+
 def test_every_arm_of_the_comparison_has_its_method() -> None:
     assert [arm.method for arm in (PAPER, *CONTROLS)] == list(METHODS)
 

@@ -14,7 +14,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from flows import services
-from flows.full import StageFailed, read_lines, stage_graph, vdmini
+from flows.full import vdmini
+from flows.graph import stage_graph
+from flows.processes import StageFailed, read_lines
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.tiny import EVEN, GROWING, new_inputs, new_unet, output_of
 from vdmini_core.models import IllegalPlan, UNetDenoiser, load_denoiser
 from vdmini_core.models.narrow import Kept, all_channels, narrow, parameters_with, widths_of
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 
 RESNET = "up_blocks.2.resnets.1.spatial_res_block"
 
@@ -58,7 +58,7 @@ def test_a_narrowed_network_reloads_from_safetensors_with_its_list_of_widths(
 ) -> None:
     kept = without_hidden(growing, [0, 1])
     narrowed = growing.narrowed(kept)
-    save_denoiser(narrowed, tmp_path / "denoiser")
+    save_model(narrowed, tmp_path / "denoiser")
     assert sorted(path.suffix for path in (tmp_path / "denoiser").iterdir()) == [".json", ".safetensors"]
     assert json.loads((tmp_path / "denoiser/config.json").read_text())["widths"] == widths_of(kept)
     loaded = load_denoiser(tmp_path / "denoiser")

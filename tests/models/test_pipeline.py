@@ -17,7 +17,7 @@ from vdmini_core.models import SVD, IllegalPlan, load_pipeline
 from vdmini_core.models.export import export_pipeline
 from vdmini_core.models.generating import read_image
 from vdmini_core.pruning.planning import paper_layout
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import EncodeSettings, PlanSettings
 
 
@@ -75,7 +75,7 @@ def test_an_exported_pipeline_loads_in_diffusers_and_samples(
 ) -> None:
     teacher = new_unet(EVEN)
     student = teacher.without(paper_layout(teacher, PlanSettings()) if removed == "paper" else removed)
-    save_denoiser(student, tmp_path / "unet")
+    save_model(student, tmp_path / "unet")
     model = export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / "model")
     image = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
 
@@ -95,7 +95,7 @@ def test_a_student_without_mid_block_can_be_exported_as_a_stock_checkpoint(
 ) -> None:
     teacher = new_unet(EVEN)
     student = teacher.without(paper_layout(teacher, PlanSettings()))
-    save_denoiser(student, tmp_path / "unet")
+    save_model(student, tmp_path / "unet")
     model = export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / "model", stock=True)
 
     assert json.loads((model / "model_index.json").read_text())["unet"] == ["diffusers", STOCK]
@@ -109,7 +109,7 @@ def test_a_student_without_mid_block_can_be_exported_as_a_stock_checkpoint(
 def test_a_stock_export_of_a_student_that_is_stock_already_changes_nothing(
     tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
-    save_denoiser(new_unet().without(["D.0.1", "U.3.1"]), tmp_path / "unet")
+    save_model(new_unet().without(["D.0.1", "U.3.1"]), tmp_path / "unet")
     models = [
         export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / f"model-{stock}", stock=stock)
         for stock in (False, True)
@@ -123,7 +123,7 @@ def test_a_stock_export_of_a_student_that_is_stock_already_changes_nothing(
 
 
 def test_a_student_that_no_stock_config_can_say_is_refused_by_name(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    save_denoiser(new_unet_of(TEXT_3D).without(["D.0.1", "U.3.1"]), tmp_path / "unet")
+    save_model(new_unet_of(TEXT_3D).without(["D.0.1", "U.3.1"]), tmp_path / "unet")
     told = r"is a VDMiniUNet3D, and no config of UNet3DConditionModel says .*; set register\.mid to none"
     with pytest.raises(IllegalPlan, match=told):
         export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / "model", stock=True)
@@ -131,7 +131,7 @@ def test_a_student_that_no_stock_config_can_say_is_refused_by_name(tiny_pipeline
 
 
 def test_exporting_again_replaces_the_folder_as_a_whole(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    save_denoiser(new_unet(), tmp_path / "unet")
+    save_model(new_unet(), tmp_path / "unet")
     for _ in range(2):
         model = export_pipeline(tiny_pipeline_folder, tmp_path / "unet", tmp_path / "model")
         (model / "left-over").touch()

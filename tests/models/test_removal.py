@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.tiny import EVEN, GROWING, new_inputs, new_unet, output_of
 from vdmini_core.models import Condition, IllegalPlan, UNetDenoiser, load_denoiser
 from vdmini_core.pruning.planning import paper_layout
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import PlanSettings
 
 Inputs = tuple[Tensor, Condition]
@@ -170,7 +170,7 @@ def test_inherited_weights_are_copies() -> None:
 @pytest.mark.parametrize("removed", [PAPER, ("D.0.1", "U.3.1")])
 def test_a_saved_student_reloads_with_every_key_and_the_same_output(tmp_path: Path, removed: tuple[str, ...]) -> None:
     student = NETWORKS[GROWING].without(removed)
-    save_denoiser(student, tmp_path / "unet")
+    save_model(student, tmp_path / "unet")
     again = load_denoiser(tmp_path / "unet")
     _, info = type(student.model).from_pretrained(tmp_path / "unet", output_loading_info=True)
     assert not info["missing_keys"]

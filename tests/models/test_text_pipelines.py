@@ -27,7 +27,7 @@ from vdmini_core.models.encoding import encode_dataset
 from vdmini_core.models.export import export_pipeline
 from vdmini_core.models.verify import verify_teacher
 from vdmini_core.models.videocrafter import guidance_embedding
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import EncodeSettings
 
 CAPTIONS = ("a red circle moving left", "Three zebras & a cat,  growing!")
@@ -302,7 +302,7 @@ def test_an_exported_student_loads_in_diffusers_and_samples(
     teachers: dict[str, Teacher], tmp_path: Path, kind: str, removed: str
 ) -> None:
     student = teachers[kind].ours.denoiser.without([removed])
-    save_denoiser(student, tmp_path / "denoiser")
+    save_model(student, tmp_path / "denoiser")
     folder = export_pipeline(teachers[kind].folder, tmp_path / "denoiser", tmp_path / "model")
     ours, stock = load_pipeline(folder), DiffusionPipeline.from_pretrained(folder)
     assert type(getattr(stock, ours.denoiser_folder())) is type(student.model)

@@ -19,7 +19,7 @@ from vdmini_core.models import IllegalPlan, UNetDenoiser, load_denoiser
 from vdmini_core.models.unet import STUDENTS
 from vdmini_core.models.videocrafter import UNetArguments, _diffusers_config
 from vdmini_core.pruning.planning import paper_layout
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import PlanSettings
 
 teacher_of = cache(new_unet_of)
@@ -208,7 +208,7 @@ SAVED: dict[str, tuple[str, tuple[str, ...]]] = {
 def test_a_saved_student_reloads_with_every_key_and_the_same_output(case: str, tmp_path: Path) -> None:
     name, removed = SAVED[case]
     student = teacher_of(name, GROWING).without(removed)
-    save_denoiser(student, tmp_path / "unet")
+    save_model(student, tmp_path / "unet")
     _, info = type(student.model).from_pretrained(tmp_path / "unet", output_loading_info=True)
     assert not any(info.values())
     assert_same(answer_of(load_denoiser(tmp_path / "unet")), answer_of(student))

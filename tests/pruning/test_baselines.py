@@ -122,7 +122,6 @@ def test_blocks_may_be_named_instead_of_their_units(teacher: UNetDenoiser, data:
 
 
 def test_channels_go_until_the_budget_is_met(teacher: UNetDenoiser, data: LatentCache) -> None:
-    pytest.importorskip("torch_pruning")
     pruning = Pruning(teacher, VPrediction(), data, 0)
     student = student_by("depgraph-taylor", pruning)
     assert abs(parameters_of(student.denoiser) / pruning.budget - 1) <= TOLERANCE

@@ -18,7 +18,6 @@ from vdmini_core.pruning.channels import (
     TOLERANCE,
     ChannelGroup,
     Member,
-    MissingExtra,
     accumulate_gradients,
     channel_groups,
     channels_for,
@@ -28,12 +27,6 @@ from vdmini_core.pruning.channels import (
     tapped_channels,
     widths_for,
 )
-
-try:
-    import torch_pruning
-except ImportError:
-    torch_pruning = None
-needs_library = pytest.mark.skipif(torch_pruning is None, reason="the extra vdmini[baselines] is not installed")
 
 Groups = tuple[ChannelGroup, ...]
 
@@ -67,12 +60,6 @@ def test_what_lies_under_group_norms_keeps_the_same_share_of_groups() -> None:
     counts = counts_for(groups, share=0.5, streams=0.78)
     assert counts[:2] == [25, 25]
     assert counts[2] in (16, 17)
-
-
-def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'vdmini\[baselines\]'"):
-        channels.torch_pruning()
 
 
 def test_other_architectures_are_refused_by_name(data: LatentCache) -> None:
@@ -121,7 +108,6 @@ def members_of(groups: tuple[ChannelGroup, ...], path: str, side: int) -> dict[s
     return {member.path: member for member in found.members}
 
 
-@needs_library
 def test_what_goes_together_is_found_through_blends_splits_and_concatenations(groups: Groups) -> None:
     halves = members_of(groups, FEED_FORWARD, 1)[SPLIT]
     together = dict(zip(halves.own.tolist(), halves.shared.tolist(), strict=True))
@@ -134,7 +120,6 @@ def test_what_goes_together_is_found_through_blends_splits_and_concatenations(gr
     assert {g.heads for g in groups if any(m.path.endswith("to_q") and m.side == 0 for m in g.members)} == {1, 2}
 
 
-@needs_library
 def test_channels_that_do_nothing_are_the_first_to_go_and_leave_no_trace(teacher: UNetDenoiser, groups: Groups) -> None:
     counts = [len(group.scores) // (group.heads * group.run) for group in groups]
     paths = [{member.path for member in group.members} for group in groups]
@@ -148,7 +133,6 @@ def test_channels_that_do_nothing_are_the_first_to_go_and_leave_no_trace(teacher
     assert widths_for(teacher.model, groups, counts) == widths_of(kept)
 
 
-@needs_library
 def test_scores_of_a_split_projection_are_those_of_its_pairs(teacher: UNetDenoiser, groups: Groups) -> None:
     """Molchanov's formula written out: |w dw| of both halves of the projection and of the inputs behind them."""
     (group,) = (g for g in groups if any((m.path, m.side) == (FEED_FORWARD, 1) for m in g.members))
@@ -159,7 +143,6 @@ def test_scores_of_a_split_projection_are_those_of_its_pairs(teacher: UNetDenois
     torch.testing.assert_close(group.scores, expected / expected.mean())
 
 
-@needs_library
 def test_the_budget_is_met_and_taps_know_their_channels(teacher: UNetDenoiser, groups: Groups) -> None:
     budget = sum(p.numel() for p in teacher.model.parameters()) * 6 // 10
     kept = channels_for(teacher.model, groups, budget)
@@ -174,13 +157,11 @@ def test_the_budget_is_met_and_taps_know_their_channels(teacher: UNetDenoiser, g
     assert torch.equal(narrowed.model.up_blocks[3].attentions[2].proj_out.bias, weight[list(taps["U.3.2"])])
 
 
-@needs_library
 def test_a_budget_out_of_reach_is_refused_with_the_nearest(teacher: UNetDenoiser, groups: Groups) -> None:
     with pytest.raises(ValueError, match=r"1,000 parameters were wanted, .* gets no nearer than"):
         channels_for(teacher.model, groups[:9], 1000)
 
 
-@needs_library
 def test_gradients_are_those_of_the_denoising_loss(data: LatentCache) -> None:
     """One batch of the four clips, against the loss written out."""
     denoiser, process = new_unet(), VPrediction()
@@ -200,6 +181,5 @@ def test_gradients_are_those_of_the_denoising_loss(data: LatentCache) -> None:
     torch.testing.assert_close(found, denoiser.model.conv_out.weight.grad)
 
 
-@needs_library
 def test_criteria_are_those_that_the_library_is_asked_for() -> None:
     assert tuple(channels.importances()) == CRITERIA

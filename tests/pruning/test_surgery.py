@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.tiny import PROVENANCE, new_inputs, output_of
 from vdmini_core.artifacts import Plan, TeacherManifest
 from vdmini_core.models import IllegalPlan, UNetDenoiser, load_denoiser
-from vdmini_core.pruning.surgery import prune, save_denoiser
+from vdmini_core.pruning.surgery import prune, save_model
 
 TEACHER = TeacherManifest(
     source="s",
@@ -79,6 +79,6 @@ def test_a_plan_that_does_not_account_for_every_unit_once_is_refused(
 def test_saving_over_an_older_network_replaces_all_of_it(tiny_unet: UNetDenoiser, tmp_path: Path) -> None:
     (tmp_path / "denoiser").mkdir()
     (tmp_path / "denoiser" / "stale.safetensors").touch()
-    save_denoiser(tiny_unet, tmp_path / "denoiser")
+    save_model(tiny_unet, tmp_path / "denoiser")
     assert not (tmp_path / "denoiser" / "stale.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["denoiser"]

@@ -12,7 +12,7 @@ from tasks._stage import Context
 from tests.tiny import PROVENANCE, new_unet, write_latents
 from vdmini_core.artifacts import Plan, write_json
 from vdmini_core.models.verify import verify_teacher
-from vdmini_core.pruning.surgery import save_denoiser
+from vdmini_core.pruning.surgery import save_model
 from vdmini_core.settings import DistillSettings, LoopSettings, Params
 
 REMOVED = ("D.0.1", "U.3.1")
@@ -43,7 +43,7 @@ def project(tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.Monk
     digests = dict.fromkeys(("report_digest", "teacher_digest"), "a")
     plan = Plan(method="manual", removed=REMOVED, kept=(), provenance=PROVENANCE, **numbers, **digests)
     write_json(artifacts / "plan/plan.json", plan)
-    save_denoiser(new_unet().without(REMOVED), artifacts / "prune/denoiser")
+    save_model(new_unet().without(REMOVED), artifacts / "prune/denoiser")
     return tmp_path
 
 

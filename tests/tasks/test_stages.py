@@ -10,14 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from flows.cli import app
+from tasks._lineage import lineage_of
+from tasks._part import run_part
 from tasks._stage import STAGES, run_stage
+from tests import planted
 from vdmini_core.artifacts import (
     DataManifest,
+    DecoderReport,
     EvaluationReport,
     Plan,
     SensitivityReport,
@@ -37,6 +42,12 @@ PARAMS = {
         "loop": {"max_steps": 6, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 1, "log_every": 1},
         "discriminator": {"warmup_steps": 1, "ramp_steps": 2},
     },
+    "decoder": {
+        "clips": 1,
+        "latency_runs": 1,
+        "validation": {"every": 2, "clips": 2},
+        "loop": {"max_steps": 2, "batch_size": 2, "warmup_steps": 1, "precision": "fp32", "log_every": 1},
+    },
     "evaluate": {"clips": 4, "steps": 1, "gallery": 1},
     "register": {"min_content_recovery": -100.0, "min_motion_recovery": -100.0},
 }
@@ -51,17 +62,34 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder in which every stage has run once, in order."""
     folder = tmp_path_factory.mktemp("project")
     write_params(folder)
-    before = Path.cwd()
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **planted.SECRETS}.items():
+            patch.setenv(name, value)
         for stage in STAGES:
             run_stage(stage)
-    finally:
-        os.chdir(before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        del os.environ["MLFLOW_TRACKING_URI"]
     return folder
+
+
+def test_no_stage_and_no_registration_writes_a_secret_of_the_environment(project: Path) -> None:
+    assert planted.files_with_secrets(project) == []
+    (project / "leak.txt").write_text(f"token={planted.SECRETS['HF_TOKEN']}")
+    assert planted.files_with_secrets(project) == ["leak.txt: HF_TOKEN"]
+    (project / "leak.txt").unlink()
+
+
+def test_the_registered_version_leads_to_every_fact(inside: Path) -> None:
+    found = lineage_of("models:/vdmini@champion")
+    assert found.params == (inside / "params.yaml").read_text()
+    assert found.stages is not None
+    assert list(found.stages) == list(STAGES)
+    runs = [run.run_id for run in found.stages.values()]
+    assert len(set(runs)) == len(STAGES)
+    assert found.stages["distill"].threads == torch.get_num_threads()
+    assert found.results.model_digest == folder_digest(inside / "artifacts/register/model")
+    assert "unet/diffusion_pytorch_model.safetensors" in (found.results.model_files or {})
+    assert set(found.missing()) == {"commit", "changed", "dvc_lock"}  # this folder has neither git nor DVC
 
 
 @pytest.fixture
@@ -137,9 +165,27 @@ def test_evaluation_has_three_rows_a_floor_and_a_page(project: Path) -> None:
     assert all({"content_accuracy", "motion_diversity"} <= set(row.intervals) for row in report.rows)
     assert all({"psnr", "ssim", "flow_error", "flow_ratio"} <= set(row.intervals) for row in report.rows[1:])
     assert {tuple(row.stages) for row in report.rows} == {("encoder", "denoiser", "vae_decode", "end_to_end")}
+    found = [(corner.denoiser, corner.decoder) for corner in report.corners]
+    assert found == [(a, b) for a in ("teacher", "recovered") for b in ("original", "compressed")]
+    assert report.corners[0].quality == report.rows[0].quality
+    assert report.corners[2].quality == report.rows[2].quality
+    assert all(corner.stages["end_to_end"].median_ms > 0 for corner in report.corners)
+    assert "| recovered | compressed |" in (project / "artifacts/evaluate/summary.md").read_text()
     metrics = json.loads((project / "artifacts/evaluate/metrics.json").read_text())
     assert metrics["paired/ssim/pruned"] == report.rows[1].intervals["ssim"].value
     assert "<video" in (project / "artifacts/evaluate/report.html").read_text()
+
+
+def test_the_registered_pipeline_has_the_compressed_decoder(project: Path) -> None:
+    model, decoder = project / "artifacts/register/model", project / "artifacts/decoder"
+    assert folder_digest(model / "vae") == folder_digest(decoder / "vae")
+    plan = read_json(decoder / "decoder.json", DecoderReport).plan
+    assert plan.predicted_ratio is not None
+    assert plan.predicted_ratio <= 0.45
+    assert json.loads((model / "model_index.json").read_text())["vae"] == [
+        "vdmini_core.models.decoder",
+        "VDMiniAutoencoderKLTemporalDecoder",
+    ]
 
 
 def test_a_registered_student_generates_a_clip(inside: Path) -> None:
@@ -252,22 +298,46 @@ def test_validation_is_refused_where_other_stages_use_all_test_clips(inside: Pat
 
 
 def test_distillation_under_a_launcher_is_one_run_of_two_processes(inside: Path) -> None:
-    write_params(inside, distill={**PARAMS["distill"], "loop": {**PARAMS["distill"]["loop"], "seed": 1}})
+    changed = {**PARAMS["distill"], "loop": {**PARAMS["distill"]["loop"], "seed": 1}}
+    write_params(inside, distill=changed, resources={"distill": {"launcher": "accelerate", "gpus": 2}})
     tracked = inside / ".scratch/tracking/distill/metrics.jsonl"
-    before = len(tracked.read_text().splitlines())
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--main_process_port", "0", "-m", "flows.cli", "stage"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     try:
-        subprocess.run([*launch, "distill"], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "flows.cli", "stage", "distill"], env=environment, check=True)
     finally:
         write_params(inside)
-    assert len(tracked.read_text().splitlines()) == before + 6
+    assert tracked.read_text().count('"metrics"') == 6
     rows = json.loads((inside / "artifacts/distill/history.json").read_text())["rows"]
     assert [row["step"] for row in rows] == list(range(6))
     assert load_denoiser(inside / "artifacts/distill/denoiser").units
     other = subprocess.run([*launch, "plan"], env=environment, capture_output=True, text=True)
     assert "stage plan runs in one process; start it without a launcher" in other.stderr
+
+
+def test_sensitivity_in_parts_says_what_one_process_says(inside: Path) -> None:
+    before = read_json(inside / "artifacts/sensitivity/report.json", SensitivityReport)
+    try:
+        for index in range(2):
+            run_part("sensitivity", {"round": 0, "index": index, "of": 2})
+        (scratch,) = (inside / ".scratch/sensitivity").iterdir()
+        measured = {file.name.removesuffix(".0.safetensors") for file in scratch.glob("*.safetensors")}
+        assert measured == {score.name for score in before.scores} | {"intact"}
+        with pytest.raises(ValueError, match="stage plan has no parts"):
+            run_part("plan", {"round": 0, "index": 0, "of": 2})
+        run_stage("sensitivity")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    after = read_json(inside / "artifacts/sensitivity/report.json", SensitivityReport)
+    assert len(after.scores) == len(before.scores)
+    for score, other in zip(after.scores, before.scores, strict=True):
+        assert (score.name, score.content, score.motion, score.quality) == (
+            other.name,
+            other.content,
+            other.motion,
+            other.quality,
+        )
 
 
 def test_dvc_and_mlflow_show_the_same_names(project: Path, tmp_path: Path) -> None:

@@ -266,7 +266,6 @@ def test_a_random_student_is_another_one_each_seed(project: Path, monkeypatch: p
 
 
 def test_a_student_with_fewer_channels_is_recovered_with_every_loss_and_reloads(project: Path) -> None:
-    pytest.importorskip("torch_pruning")
     arm = Arm(name="depgraph-l2", method="depgraph-l2")
     study = Study(kind="comparison", arms=(arm,), seeds=1, steps=2, clips=2)
     run_part("depgraph-l2-seed3", study)

@@ -6,7 +6,7 @@ Nothing here draws from a generator of the training or changes a network of it.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ class Validation:
             step=step,
             **quality.model_dump(exclude={"clips"}),
             **{f"{name}_ratio": float(ratio) for name, ratio in zip(DYNAMICS, ratios, strict=True)},
-            discriminator_hinge=self._hinge(step),
+            discriminator_hinge=hinge_since(self.training, step, self.settings.every),
             score=score(quality, self.teacher),
         )
         self._rows[step] = row
@@ -134,12 +134,12 @@ class Validation:
     def _real(self) -> Iterator[tuple[Tensor, Tensor]]:
         return decoded_batches(self.pipeline, self.data, self.settings.clips, self.settings, self.first)
 
-    def _hinge(self, step: int) -> float | None:
-        """The discriminators' mean hinge loss as logged since the validation before; None if it was not."""
-        since = range(step - self.settings.every, step)
-        rows = [row for row in self.training.rows() if row["step"] in since]
-        found = [row[name] for row in rows for name in HINGES if name in row]
-        return float(np.mean(found)) if found else None
+
+def hinge_since(training: History, step: int, every: int, names: Iterable[str] = HINGES) -> float | None:
+    """The discriminators' mean hinge loss as logged in the last `every` steps; None if it was not."""
+    rows = [row for row in training.rows() if row["step"] in range(step - every, step)]
+    found = [row[name] for row in rows for name in names if name in row]
+    return float(np.mean(found)) if found else None
 
 
 def best_step(rows: tuple[ValidationRow, ...]) -> int | None:

@@ -1,6 +1,6 @@
 """Teacher, prune-only and recovered student side by side: quality, size and speed on the same seeds."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vdmini_core.artifacts import EvaluationReport, EvaluationRow, Provenance, Quality, json_digest
+from vdmini_core.artifacts import Corner, EvaluationReport, EvaluationRow, Latency, Provenance, Quality, json_digest
 from vdmini_core.data.latents import LatentCache, condition_of
 from vdmini_core.data.synthetic import COLOURS, MOTIONS, SHAPES
 from vdmini_core.data.video import Frames, write_video
 from vdmini_core.evaluation.collapse import ADVICE, collapses
-from vdmini_core.evaluation.costs import count_costs, measure_latencies
+from vdmini_core.evaluation.costs import RATIO_RUNS, count_costs, measure_latencies, speedup
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.memory import peak_memory_bytes
-from vdmini_core.evaluation.metrics.dynamics import dynamics
-from vdmini_core.evaluation.quality import compare, decoded_batches, judge
+from vdmini_core.evaluation.metrics.dynamics import DYNAMICS, dynamics
+from vdmini_core.evaluation.quality import SMALLEST, Judged, compare, decoded_batches, judge
 from vdmini_core.evaluation.side_by_side import (
+    CORNERS,
     PAIRED_MEASURES,
     TEACHER,
     RowClips,
     estimates,
     generate_rows,
     ratios,
+    with_decoder,
 )
-from vdmini_core.evaluation.stage_times import OneClip, measure_stages
-from vdmini_core.models import Pipeline, load_denoiser
+from vdmini_core.evaluation.stage_times import WHOLE, OneClip, measure_stages
+from vdmini_core.models import Denoiser, Pipeline, load_denoiser
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import ClipAlarmSettings, EvaluateSettings
 
@@ -48,8 +50,12 @@ def evaluate_rows(
     protocol: dict[str, Any],
     provenance: Provenance,
     track: Track = silent_track,
+    vae: Path | None = None,
 ) -> EvaluationReport:
     """Evaluate the teacher and the students `pruned` and `recovered` (folders); writes gallery clips.
+
+    `vae` is the folder of one with a compressed decoder: then the latents of teacher and recovered student are decoded
+    by both, which makes the four corners.
 
     The reference is the first `settings.clips` test clips, the floor the next as many of them against
     the first, both as the VAE decodes them.
@@ -67,8 +73,9 @@ def evaluate_rows(
     reference = judge(real, evaluator)
     other = judge(decoded_batches(pipeline, data, settings.clips, settings, first=settings.clips), evaluator)
     writers = {name: _first_clips(settings.gallery, partial(write_clip, clips_folder, name)) for name in ROWS}
+    compressed = None if vae is None else with_vae(pipeline, vae)
     made = generate_rows(
-        pipeline, denoisers, data, evaluator, settings, lambda name, clips: writers[name](clips), track
+        pipeline, denoisers, data, evaluator, settings, lambda name, clips: writers[name](clips), track, compressed
     )
     qualities = {name: compare(made[name].judged, reference) for name in ROWS}
     alarms = {name: row_alarms(name, made, torch.cat(shown), settings.alarms) for name in ROWS}
@@ -82,9 +89,10 @@ def evaluate_rows(
         latencies = measure_latencies(calls, device, runs=settings.latency_runs, warmup=settings.latency_warmup)
     stages = measure_stages(
         OneClip.of_latents(with_conditioner(pipeline), (channels, frames, height, width), settings.steps),
-        denoisers,
+        denoisers | ({with_decoder(name): denoisers[name] for name in CORNERS} if compressed else {}),
         runs=settings.end_to_end_runs,
         warmup=1,
+        decoding={with_decoder(name): compressed for name in CORNERS} if compressed else None,
     )
     memory = {name: peak_memory_bytes(folders[name], latents, condition) for name in ROWS}
     costs = {name: count_costs(denoisers[name], latents, condition) for name in ROWS}
@@ -112,8 +120,69 @@ def evaluate_rows(
         latency_ratio=latencies["recovered"].median_ms / latencies["teacher"].median_ms,
         recovery=recovery(qualities),
         gallery=gallery,
+        corners=corners(pipeline, compressed, denoisers, made, reference, stages) if compressed else (),
         provenance=provenance,
     )
+
+
+def with_vae(pipeline: Pipeline, vae: Path) -> Pipeline:
+    """The same denoiser with the VAE of a folder."""
+    return type(pipeline)(pipeline.folder, {**pipeline.models, "vae": pipeline.load_part("vae", vae, pipeline.device)})
+
+
+def corners(
+    pipeline: Pipeline,
+    compressed: Pipeline,
+    denoisers: Mapping[str, Denoiser],
+    made: Mapping[str, RowClips],
+    reference: Judged,
+    stages: Mapping[str, dict[str, Latency]],
+) -> tuple[Corner, ...]:
+    """{teacher, recovered} x {original, compressed decoder}, the teacher's own first."""
+    flicker = DYNAMICS.index("flicker")
+    shown = made[TEACHER].dynamics[:, flicker].mean().clamp_min(SMALLEST)
+    found = []
+    for name in CORNERS:
+        for decoder, models, row in (("original", pipeline, name), ("compressed", compressed, with_decoder(name))):
+            networks = denoisers[name].model, models.vae.decoder
+            found.append(
+                Corner(
+                    denoiser=name,
+                    decoder=decoder,
+                    parameters=sum(p.numel() for network in networks for p in network.parameters()),
+                    quality=compare(made[row].judged, reference),
+                    flicker_ratio=float(made[row].dynamics[:, flicker].mean() / shown),
+                    stages=stages[row],
+                )
+            )
+    return tuple(found)
+
+
+def corners_table(found: Sequence[Corner]) -> list[str]:
+    """The four corners as lines of markdown; ratios of latencies only from RATIO_RUNS runs on."""
+
+    def share(value: float | None) -> str:
+        return "n/a" if value is None else f"{value:.3f}"
+
+    lines = [
+        "| denoiser | decoder | parameters of both | denoiser ms | VAE decode ms | end to end ms (p10-p90) | speed-up "
+        "| content acc. | motion acc. | content distance | motion distance | flicker |",
+        "|---" * 12 + "|",
+    ]
+    for corner in found:
+        whole, q = corner.stages[WHOLE], corner.quality
+        ratio = speedup(found[0].stages[WHOLE], whole)
+        faster = "-" if ratio is None else f"{ratio:.2f}"
+        lines.append(
+            f"| {corner.denoiser} | {corner.decoder} | {corner.parameters / 1e6:.3f} M "
+            f"| {corner.stages['denoiser'].median_ms:.1f} | {corner.stages['vae_decode'].median_ms:.1f} "
+            f"| {whole.median_ms:.1f} ({whole.p10_ms:.1f}-{whole.p90_ms:.1f}) | {faster} "
+            f"| {share(q.content_accuracy)} | {share(q.motion_accuracy)} | {q.content_distance:.2f} "
+            f"| {q.motion_distance:.2f} | {corner.flicker_ratio:.3f} |"
+        )
+    runs = found[0].stages[WHOLE].runs
+    note = f"Each denoiser's latents were sampled once and decoded by both decoders. Times: medians of {runs} clips"
+    return [*lines, "", f"{note}{'' if runs >= RATIO_RUNS else f'; a speed-up needs {RATIO_RUNS}'}.", ""]
 
 
 def _seen_by(batches: Iterable[tuple[Tensor, Tensor]], shown: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -233,7 +302,8 @@ def summary(report: EvaluationReport) -> str:
         f"| real against real | | | | {share(f.content_accuracy)} | {share(f.motion_accuracy)} "
         f"| {f.content_distance:.2f} | {f.motion_distance:.2f} |"
     )
-    lines += ["", *(f"- **{name}**: {text}" for row in report.rows for name, text in row.alarms.items())]
+    lines += ["", *(corners_table(report.corners) if report.corners else [])]
+    lines += [*(f"- **{name}**: {text}" for row in report.rows for name, text in row.alarms.items())]
     if pairs := [row for row in report.rows if set(row.intervals) & set(PAIRED_MEASURES)]:
         names = [name for name in PAIRED_MEASURES if name in pairs[0].intervals]
         lines += [f"| beside the teacher's clips | {' | '.join(name.replace('_', ' ') for name in names)} |"]
@@ -272,4 +342,8 @@ def flat_metrics(report: EvaluationReport) -> dict[str, float]:
             f"speed/flops/{row.name}": float(row.flops),
             f"size/unet_parameters/{row.name}": float(row.parameters),
         }
+    for corner in report.corners:
+        place = f"{corner.denoiser}_{corner.decoder}"
+        metrics |= {f"corner/{k}/{place}": v for k, v in corner.quality if isinstance(v, float)}
+        metrics |= {f"corner/{stage}_ms/{place}": t.median_ms for stage, t in corner.stages.items()}
     return metrics

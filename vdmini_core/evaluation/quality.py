@@ -99,7 +99,7 @@ def decoded_batches(
     """Real clips as the VAE shows them, so that real and generated differ by the denoiser alone."""
     device = pipeline.device
     for rows in data.batches(count, settings.batch_size, first):
-        with _precision(device, settings):
+        with precision(device, settings):
             clips = pipeline.decode(rows["latents"].to(device))
         yield clips, rows["labels"]
 
@@ -114,31 +114,43 @@ def generated_batches(
     keep: Callable[[Tensor], None] | None = None,
     first: int = 0,
     noise_from: int = 0,
+    sampled: Callable[[Tensor], None] = lambda latents: None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Generate from `settings.clips` conditions; the i-th of them starts from noise of (seed, noise_from + i).
 
-    They are the encoded clips from `first` on. `keep(clips)` receives every decoded batch.
+    They are the encoded clips from `first` on. `keep(clips)` receives every decoded batch, `sampled(latents)` what it
+    is decoded from.
     """
     batches = list(range(0, settings.clips, settings.batch_size))
     rows_of = data.batches(settings.clips, settings.batch_size, first)
     for start, rows in zip(track(batches, description, len(batches)), rows_of, strict=True):
-        clips = generate(pipeline, denoiser, rows, noise_from + start, settings)
+        clips = generate(pipeline, denoiser, rows, noise_from + start, settings, sampled)
         if keep is not None:
             keep(clips)
         yield clips, rows["labels"]
 
 
 def generate(
-    pipeline: Pipeline, denoiser: Answering, rows: dict[str, Tensor], start: int, settings: SamplerSettings
+    pipeline: Pipeline,
+    denoiser: Answering,
+    rows: dict[str, Tensor],
+    start: int,
+    settings: SamplerSettings,
+    sampled: Callable[[Tensor], None] = lambda latents: None,
 ) -> Tensor:
-    """Clips [B, 3, T, H, W] in [-1, 1] from the conditions of `rows`, the i-th from the noise of (seed, start + i)."""
+    """Clips [B, 3, T, H, W] in [-1, 1] from the conditions of `rows`, the i-th from the noise of (seed, start + i).
+
+    `sampled` receives the latents that are decoded.
+    """
     device, latents = pipeline.device, rows["latents"]
     noise = partial(noise_for, settings.seed, range(start, start + len(latents)), latents.shape[1:], device)
-    with _precision(device, settings):
-        return pipeline.decode(pipeline.sample(denoiser, noise, condition_of(rows, device), settings.steps))
+    with precision(device, settings):
+        latents = pipeline.sample(denoiser, noise, condition_of(rows, device), settings.steps)
+        sampled(latents)
+        return pipeline.decode(latents)
 
 
-def _precision(device: torch.device, settings: SamplerSettings) -> torch.autocast:
+def precision(device: torch.device, settings: SamplerSettings) -> torch.autocast:
     """Of the networks within; what the sampler itself computes stays in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 

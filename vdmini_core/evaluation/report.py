@@ -15,6 +15,7 @@ from vdmini_core.evaluation.plots import inline_svg, plan_row, training_figures
 from vdmini_core.evaluation.report_clips import gallery_row
 from vdmini_core.evaluation.report_rows import (
     NOT_AVAILABLE,
+    corners_section,
     measure_text,
     measures_table,
     results_rows,
@@ -50,7 +51,7 @@ def write_report(
         tiles=_tiles(rows, evaluation.recovery),
         rows=results_rows(rows, evaluation.floor),
         measures=measures_table(rows),
-        waterfall=waterfall(rows),
+        waterfall=waterfall(rows, evaluation.corners) + corners_section(evaluation.corners),
         chance=escape(_chance_note([row.quality for row in evaluation.rows])),
         protocol=escape(evaluation.protocol_digest),
         gallery="".join(gallery_row(index, entry, clips) for index, entry in enumerate(evaluation.gallery, 1)),

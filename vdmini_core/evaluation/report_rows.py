@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from vdmini_core.artifacts import Estimate, EvaluationRow, Latency, Quality
+from vdmini_core.artifacts import Corner, Estimate, EvaluationRow, Latency, Quality
 
 NOT_AVAILABLE = "n/a"
 DISTANCE = "Toy Frechet distance (own evaluator)"
@@ -150,21 +150,59 @@ def _estimate(estimate: Estimate | None) -> str:
     return f"{estimate.value:.4g} <small>[{estimate.low:.4g}–{estimate.high:.4g}]</small>"
 
 
-def waterfall(rows: Mapping[str, EvaluationRow]) -> str:
-    """Where the time of one clip goes, teacher above recovered student; empty where no stage was timed."""
+def waterfall(rows: Mapping[str, EvaluationRow], corners: Sequence[Corner] = ()) -> str:
+    """Where the time of one clip goes, before and after; empty where no stage was timed.
+
+    Teacher above recovered student; with two decoders, the recovered student with each, the compressed one last.
+    """
     timed = {name: rows[name].stages for name in ("teacher", "recovered") if rows[name].stages}
+    timed |= {f"{c.denoiser}, {c.decoder} decoder": c.stages for c in corners if _last(c)}
     if not timed:
         return ""
     longest = max(max(_whole(stages), _sum(stages)) for stages in timed.values())
     models = "".join(_bars(name, stages, longest) for name, stages in timed.items())
     ratio = ""
-    if len(timed) == 2 and all(part.runs >= MIN_RUNS for stages in timed.values() for part in stages.values()):
-        share = _whole(timed["recovered"]) / _whole(timed["teacher"])
-        ratio = f" One clip of the recovered student takes {share:.2f} times as long as the teacher's."
+    if len(timed) > 1 and all(part.runs >= MIN_RUNS for stages in timed.values() for part in stages.values()):
+        *_, (name, after) = timed.items()
+        student = "the recovered student" + (" with its compressed decoder" if name != "recovered" else "")
+        share = _whole(after) / _whole(timed["teacher"])
+        ratio = f" One clip of {student} takes {share:.2f} times as long as the teacher's."
     return (
         '<section aria-labelledby="time"><h2 id="time">Where the time of one clip goes</h2>'
         '<p class="quiet">Medians [p10–p90] of the parts, one after the other, all calls of the denoiser together.'
         f'{ratio}</p><div class="waterfalls">{models}</div></section>'
+    )
+
+
+def _last(corner: Corner) -> bool:
+    """Whether both denoiser and decoder are the smaller ones."""
+    return (corner.denoiser, corner.decoder) == ("recovered", "compressed")
+
+
+def corners_section(corners: Sequence[Corner]) -> str:
+    """{teacher, student denoiser} x {original, compressed decoder} as a table; empty without a second decoder."""
+    if not corners:
+        return ""
+    heads = ("VAE decode", "One clip, end to end", "Content accuracy", "Motion accuracy", "Flicker, ratio")
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    body = ""
+    for corner in corners:
+        cells = [
+            _milliseconds(corner.stages["vae_decode"]),
+            _milliseconds(corner.stages[WHOLE]),
+            measure_text("accuracy", corner.quality.content_accuracy),
+            measure_text("accuracy", corner.quality.motion_accuracy),
+            f"{corner.flicker_ratio:.3f}",
+        ]
+        name = escape(f"{corner.denoiser}, {corner.decoder} decoder")
+        body += f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    return (
+        '<section aria-labelledby="corners"><h2 id="corners">Denoiser and decoder, before and after</h2>'
+        '<p class="quiet">Each denoiser samples its latents once; both decoders show the same ones. '
+        f"N = {corners[0].quality.clips}; times are medians of {corners[0].stages[WHOLE].runs} clips.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-labelledby="corners"><table class="measures">'
+        f'<thead><tr><th scope="col">Denoiser, decoder</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        "</section>"
     )
 
 

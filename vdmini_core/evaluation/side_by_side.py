@@ -17,12 +17,14 @@ from vdmini_core.evaluation.metrics.manifold import NEAREST, precision_and_recal
 from vdmini_core.evaluation.metrics.paired import Seen, bca, cosine_distance, paired, ratio_of_means, see
 from vdmini_core.evaluation.metrics.perceptual import Distance, perceptual_distances, perceptual_measures
 from vdmini_core.evaluation.metrics.pixels import pixel_measures
-from vdmini_core.evaluation.quality import Judged, generated_batches, verdict
+from vdmini_core.evaluation.quality import Judged, generated_batches, precision, verdict
 from vdmini_core.models import Denoiser, Pipeline
 from vdmini_core.reporting import Track, silent_track
 from vdmini_core.settings import EvaluateSettings
 
 TEACHER = "teacher"
+CORNERS = (TEACHER, "recovered")
+"""Denoisers whose latents are decoded by the compressed decoder as well"""
 RATIOS = tuple(f"{name}_ratio" for name in DYNAMICS)
 PAIRED_MEASURES = (
     *("psnr", "ssim", "lpips", "dreamsim", "feature_cosine", "motion_cosine", "flow_error"),
@@ -31,6 +33,11 @@ PAIRED_MEASURES = (
 """Measures of a student's clips beside the teacher's; all others are of the row's clips alone"""
 
 Values = npt.NDArray[np.float64]
+
+
+def with_decoder(name: str) -> str:
+    """A row's name with the compressed decoder."""
+    return f"{name}, compressed decoder"
 
 
 @dataclass
@@ -59,13 +66,24 @@ def generate_rows(
     settings: EvaluateSettings,
     keep: Callable[[str, Tensor], None] = lambda name, clips: None,
     track: Track = silent_track,
+    compressed: Pipeline | None = None,
 ) -> dict[str, RowClips]:
     """Generate and compare `settings.clips` clips of each denoiser; one batch of each is in memory at a time.
 
     All start from the same noise and conditions; one of them is TEACHER. `keep(name, clips)` receives every batch.
+    `compressed` is the pipeline with another decoder: it decodes the same latents of the denoisers in CORNERS once
+    more, which make rows of their own (`with_decoder`).
     """
     distances = perceptual_distances(settings.perceptual, pipeline.device)
-    streams = [generated_batches(pipeline, denoiser, data, settings) for denoiser in denoisers.values()]
+    latents: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Callable[[Tensor], None]:
+        return lambda sampled: latents.update({name: sampled})
+
+    streams = [
+        generated_batches(pipeline, denoiser, data, settings, sampled=noting(name))
+        for name, denoiser in denoisers.items()
+    ]
     found: dict[str, RowClips] = {}
     several: dict[str, list[Judgement]] = {name: [] for name in denoisers}
     wanted = min(settings.diversity, settings.clips)
@@ -77,6 +95,14 @@ def generate_rows(
             seen[name] = see(clips, evaluator)
             if start < wanted:
                 several[name].append(seen[name].judgement)
+        for name in (name for name in CORNERS if compressed and name in denoisers):
+            assert compressed is not None
+            with precision(compressed.device, settings):
+                twice = see(compressed.decode(latents[name]), evaluator)
+            judged = verdict(twice.judgement, batches[list(denoisers).index(name)][1])
+            more = RowClips(judged, dynamics(twice.clips, twice.flows), _pairs(twice, seen[TEACHER], distances))
+            row_name = with_decoder(name)
+            found[row_name] = found[row_name].joined(more) if row_name in found else more
         for name, (clips, labels) in zip(denoisers, batches, strict=True):
             pairs = {} if name == TEACHER else _pairs(seen[name], seen[TEACHER], distances)
             row = RowClips(verdict(seen[name].judgement, labels), dynamics(clips, seen[name].flows), pairs)

@@ -45,15 +45,18 @@ class OneClip:
         """Latents, with the same noise at every step."""
         return self.pipeline.sample(denoiser, lambda index: self.noise, condition, self.steps)
 
-    def timed(self, denoiser: Denoiser) -> dict[str, float]:
-        """Make the clip; milliseconds by the names of STAGES, on the device's own clock on CUDA."""
+    def timed(self, denoiser: Denoiser, decoding: Pipeline | None = None) -> dict[str, float]:
+        """Make the clip; milliseconds by the names of STAGES, on the device's own clock on CUDA.
+
+        `decoding` is the pipeline that decodes, where it is another.
+        """
         device = self.pipeline.device
         between = Clock(device)
         condition = self.condition()
         between.mark()
         latents = self.sample(denoiser, condition)
         between.mark()
-        self.pipeline.decode(latents)
+        (decoding or self.pipeline).decode(latents)
         between.mark()
         spent = between.read()
         return dict(zip(STAGES, (*spent, sum(spent)), strict=True))
@@ -86,13 +89,22 @@ class Clock:
 
 @torch.no_grad()
 def measure_stages(
-    clip: OneClip, denoisers: Mapping[str, Denoiser], *, runs: int, warmup: int
+    clip: OneClip,
+    denoisers: Mapping[str, Denoiser],
+    *,
+    runs: int,
+    warmup: int,
+    decoding: Mapping[str, Pipeline] | None = None,
 ) -> dict[str, dict[str, Latency]]:
-    """Of each denoiser, by the names of STAGES, making clips in turn (A B C A B C ...)."""
+    """Of each denoiser, by the names of STAGES, making clips in turn (A B C A B C ...).
+
+    `decoding` has the pipelines of those whose clips another VAE decodes.
+    """
+    others = decoding or {}
     samples: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in denoisers}
     for run in range(warmup + runs):
         for name, denoiser in denoisers.items():
-            spent = clip.timed(denoiser)
+            spent = clip.timed(denoiser, others.get(name))
             if run >= warmup:
                 for stage, value in spent.items():
                     samples[name][stage].append(value)

@@ -55,14 +55,6 @@ CONTROLS = tuple(
 )
 
 
-def comparison_arms(plan: Plan) -> tuple[Arm, ...]:
-    """The paper's layout, the current run's plan if its method is another, and the baselines of the paper's Table 3."""
-    arms = (PAPER, *CONTROLS)
-    if plan.method in {arm.name for arm in arms}:
-        return arms
-    return PAPER, Arm(name=plan.method, method=UNITS, removed=plan.removed), *CONTROLS
-
-
 class Candidate(Record):
     """A plan that may be worth a training: what it removes, and the damage that its planner predicts, if it does."""
 
@@ -75,6 +67,19 @@ class Candidates(Record):
     """Plans for the same budget, the best first."""
 
     plans: tuple[Candidate, ...] = Field(min_length=1)
+
+
+def comparison_arms(plan: Plan, further: Sequence[Candidate] = ()) -> tuple[Arm, ...]:
+    """The paper's layout, the current run's plan if its method is another, `further` plans, and the baselines.
+
+    The baselines are those of the paper's Table 3.
+    """
+    own = () if plan.method in {arm.name for arm in (PAPER, *CONTROLS)} else (_as_it_is(plan.method, plan.removed),)
+    return PAPER, *own, *(_as_it_is(each.name, each.removed) for each in further), *CONTROLS
+
+
+def _as_it_is(name: str, removed: tuple[str, ...]) -> Arm:
+    return Arm(name=name, method=UNITS, removed=removed)
 
 
 def probe_arms(candidates: Candidates, top: int) -> tuple[Arm, ...]:

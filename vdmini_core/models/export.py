@@ -5,28 +5,35 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vdmini_core.models import IllegalPlan, load_denoiser, pipeline_class
+from vdmini_core.models import IllegalPlan, decoder, load_denoiser, pipeline_class, unet
+
+MODULES = {cls.__name__: cls.__module__ for cls in (*unet.STUDENTS.values(), *decoder.STUDENTS.values())}
+"""Classes of ours -> the module that they come from"""
 
 
-def export_pipeline(teacher: Path, denoiser: Path, target: Path, *, stock: bool = False) -> Path:
-    """Copy the teacher's pipeline folder with `denoiser` in place of its own; whole or absent.
+def export_pipeline(
+    teacher: Path, denoiser: Path, target: Path, *, vae: Path | None = None, stock: bool = False
+) -> Path:
+    """Copy the teacher's pipeline folder with `denoiser`, and `vae` if given, in place of its own; whole or absent.
 
-    Where the student's class is not diffusers' own, model_index.json names the module it comes from, which
-    diffusers imports. `stock` writes the same function as a class of diffusers' own, a missing mid block as
-    one that does nothing; IllegalPlan where that class cannot say what is left.
+    Where a class is not diffusers' own, model_index.json names the module it comes from, which diffusers imports.
+    `stock` writes the denoiser's function as a class of diffusers' own, a missing mid block as one that does nothing;
+    IllegalPlan where that class cannot say what is left.
     """
     draft = target.with_name(f".{target.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     part = pipeline_class(teacher).denoiser_folder()
     network = _stock_form(denoiser) if stock else None
-    shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns(part, "manifest.json", ".*"))
-    if network is None:
-        shutil.copytree(denoiser, draft / part)
-    else:
-        network.save_pretrained(draft / part, safe_serialization=True)
+    replaced = {part: denoiser} if vae is None else {part: denoiser, "vae": vae}
+    shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns(*replaced, "manifest.json", ".*"))
     index = json.loads((draft / "model_index.json").read_text())
-    name = json.loads((draft / part / "config.json").read_text())["_class_name"]
-    index[part] = ["vdmini_core.models.unet" if name.startswith("VDMini") else "diffusers", name]
+    for name, folder in replaced.items():
+        if name == part and network is not None:
+            network.save_pretrained(draft / name, safe_serialization=True)
+        else:
+            shutil.copytree(folder, draft / name)
+        kind = json.loads((draft / name / "config.json").read_text())["_class_name"]
+        index[name] = [MODULES.get(kind, "diffusers"), kind]
     (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from diffusers.models.upsampling import Upsample2D
@@ -19,7 +20,7 @@ Kept = Mapping[str, tuple[Tensor, ...]]
 
 Widths = Mapping[str, Sequence[int]]
 
-NORMS = (nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.GroupNorm, nn.LayerNorm, WanRMS_norm)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -32,7 +33,7 @@ def width_of(module: nn.Module) -> list[int]:
     """A layer's or norm's entry in a list of widths; TypeError for another kind of module."""
     if not isinstance(module, (*NORMS, *LAYERS)):
         raise TypeError(f"{type(module).__name__} has no channels that can be listed; expected a layer or a norm")
-    weight = module.weight
+    weight = module.gamma if isinstance(module, WanRMS_norm) else module.weight
     assert isinstance(weight, Tensor)
     return list(weight.shape[: 1 if isinstance(module, NORMS) else 2])
 
@@ -46,7 +47,7 @@ def kept_weights(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
     """The model's state dict with those channels alone; copies."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     for path, (first, *others) in kept.items():
-        for name in (f"{path}.weight", f"{path}.bias"):
+        for name in (f"{path}.weight", f"{path}.bias", f"{path}.gamma"):
             if name in weights:
                 weights[name] = weights[name].index_select(0, first.to(weights[name].device))
         for inputs in others:
@@ -85,6 +86,8 @@ def narrow(model: Any, widths: Widths) -> None:
                     f"widths gives {path} {sizes[0]} channels; expected a multiple of its group size {size}"
                 )
             module.num_channels, module.num_groups = sizes[0], sizes[0] // size
+        elif isinstance(module, WanRMS_norm):
+            module.scale = sizes[0] ** 0.5
         elif isinstance(module, nn.LayerNorm):
             module.normalized_shape = (sizes[0],)
         elif isinstance(module, nn.Linear):

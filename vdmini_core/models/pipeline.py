@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vdmini_core.artifacts import Record, read_json
 from vdmini_core.diffusion.process import Process
+from vdmini_core.models.decoder import decoded
 from vdmini_core.models.graph import Condition, Denoiser
 from vdmini_core.models.vae_facts import LatentShape, VAEFacts, vae_facts
 from vdmini_core.settings import EncodeSettings
@@ -95,9 +96,10 @@ class Pipeline(ABC):
     def encode(self, clips: Tensor) -> Tensor:
         """Clips [B, 3, T, H, W] in [-1, 1] -> latents as the denoiser wants them [B, C, T', h, w]."""
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, T', h, w] -> clips [B, 3, T, H, W] in [-1, 1]."""
+        """Latents [B, C, T', h, w] -> clips [B, 3, T, H, W] in [-1, 1], clip by clip."""
+        return torch.cat([decoded(self.vae, clip) for clip in latents.split(1)]).float().clamp(-1, 1)
 
     @abstractmethod
     def condition(
@@ -142,13 +144,3 @@ class FramewisePipeline(Pipeline):
         frames = clips.transpose(1, 2)
         latents: Tensor = self.vae.encode(frames.flatten(0, 1).to(self.vae.device)).latent_dist.mode()
         return (latents * self.vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, T, h, w] -> clips [B, 3, T, H, W] in [-1, 1], clip by clip."""
-        scaled = latents.transpose(1, 2) / self.vae.config.scaling_factor
-        return torch.stack([self.decode_frames(clip).transpose(0, 1) for clip in scaled]).float().clamp(-1, 1)
-
-    def decode_frames(self, frames: Tensor) -> Tensor:
-        """The VAE's own latents of one clip [T, C, h, w] -> its frames [T, 3, H, W]."""
-        return self.vae.decode(frames).sample  # type: ignore[no-any-return]

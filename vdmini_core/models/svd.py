@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from vdmini_core.diffusion.process import VPrediction
+from vdmini_core.models.decoder import load_vae
 from vdmini_core.models.graph import Condition
 from vdmini_core.models.loading import UnusableModel, load_component
 from vdmini_core.models.pipeline import Answering, FramewisePipeline, Noise
@@ -44,8 +45,9 @@ class SVD(FramewisePipeline):
     def load_part(cls, name: str, folder: Path, device: torch.device | str) -> Any:
         if name == "unet":
             return load_unet(folder, device)
-        kinds = {"vae": AutoencoderKLTemporalDecoder, "image_encoder": CLIPVisionModelWithProjection}
-        return load_component(kinds[name], folder).to(device)
+        if name == "vae":
+            return load_vae(AutoencoderKLTemporalDecoder, folder, device)
+        return load_component(CLIPVisionModelWithProjection, folder).to(device)
 
     @torch.no_grad()
     def condition(
@@ -73,9 +75,6 @@ class SVD(FramewisePipeline):
             "image_embedding": encoder(pixels.to(encoder.device)).image_embeds[:, None],
             "added_time_ids": added_time_ids(settings).expand(len(images), -1).to(self.vae.device),
         }
-
-    def decode_frames(self, frames: Tensor) -> Tensor:
-        return self.vae.decode(frames, num_frames=len(frames)).sample  # type: ignore[no-any-return]
 
     def stock_shape(self) -> tuple[int, int, int]:
         config = self.denoiser.model.config

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, UMT5EncoderModel
 
 from vdmini_core.diffusion.process import EpsilonPrediction, FlowMatching
+from vdmini_core.models.decoder import latent_statistics, load_vae
 from vdmini_core.models.graph import Condition, config_of
 from vdmini_core.models.loading import UnusableModel, load_component
 from vdmini_core.models.pipeline import Answering, FramewisePipeline, Noise, Pipeline
@@ -85,7 +86,9 @@ class TextToVideoUNet(FramewisePipeline):
     def load_part(cls, name: str, folder: Path, device: torch.device | str) -> Any:
         if name == "unet":
             return load_unet(folder, device)
-        return load_component({"vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name], folder).to(device)
+        if name == "vae":
+            return load_vae(AutoencoderKL, folder, device)
+        return load_component(CLIPTextModel, folder).to(device)
 
     @torch.no_grad()
     def condition(
@@ -156,7 +159,9 @@ class Wan(Pipeline):
     def load_part(cls, name: str, folder: Path, device: torch.device | str) -> Any:
         if name == "transformer":
             return load_transformer(folder, device)
-        return load_component({"vae": AutoencoderKLWan, "text_encoder": UMT5EncoderModel}[name], folder).to(device)
+        if name == "vae":
+            return load_vae(AutoencoderKLWan, folder, device)
+        return load_component(UMT5EncoderModel, folder).to(device)
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Tensor:
@@ -165,20 +170,8 @@ class Wan(Pipeline):
         # The VAE drops what is over 4 n + 1 frames; it is causal, so frames added at the end change none before.
         missing = -(clips.shape[2] - 1) % 4
         clips = torch.cat([clips, clips[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2).to(self.vae.device)
-        mean, std = self._statistics()
+        mean, std = latent_statistics(self.vae, self.vae.device)
         return (self.vae.encode(clips).latent_dist.mode()[:, :, :frames] - mean) / std  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, T', h, w] -> clips [B, 3, T, H, W] in [-1, 1], clip by clip."""
-        mean, std = self._statistics()
-        return torch.cat([self.vae.decode(clip * std + mean).sample for clip in latents.split(1)]).float().clamp(-1, 1)
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's own latents, [C, 1, 1, 1]."""
-        config = self.vae.config
-        mean, std = torch.tensor([config.latents_mean, config.latents_std], device=self.vae.device)
-        return mean[:, None, None, None], std[:, None, None, None]
 
     @torch.no_grad()
     def condition(

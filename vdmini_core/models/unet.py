@@ -4,7 +4,6 @@ All have down blocks, a mid block and up blocks; an R-A pair is a ResBlock with 
 temporal convolution, motion module).
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +32,9 @@ from vdmini_core.models.graph import (
     rebuild,
 )
 from vdmini_core.models.loading import class_name, load_component
-from vdmini_core.models.narrow import Kept, Widths, kept_weights, narrow, widths_of
+from vdmini_core.models.narrow import Kept, kept_weights, widths_of
 from vdmini_core.models.removal import Piece, Rule
+from vdmini_core.models.students import student_class
 from vdmini_core.models.unet_rows import UNETS
 from vdmini_core.models.unet_rules import Pair, Stage, unet_rules
 
@@ -290,36 +290,13 @@ def delete_units(denoiser: UNetDenoiser, removed: set[str]) -> None:
             model.num_upsamplers -= len(gone)
 
 
-def student_class(stock: type[Any], name: str) -> type[Any]:
-    """The stock class with two more arguments.
-
-    `removed_units` are the units that it is built without, `widths` what of the rest is narrower (models/narrow.py).
-    """
-
-    def __init__(
-        self: Any, *args: Any, removed_units: Iterable[str] = (), widths: Widths | None = None, **kwargs: Any
-    ) -> None:
-        stock.__init__(self, *args, **kwargs)
-        self.register_to_config(removed_units=sorted(removed_units))
-        delete_units(UNetDenoiser(self), set(removed_units))
-        if widths:
-            self.register_to_config(widths={path: list(sizes) for path, sizes in widths.items()})
-            narrow(self, widths)
-
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    own = [
-        inspect.Parameter(name, keyword, default=default) for name, default in (("removed_units", ()), ("widths", None))
-    ]
-    signature = inspect.signature(stock.__init__)
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
-    doc = f"{stock.__name__} without some of its units or channels."
-    body = {"__init__": __init__, "__doc__": doc, "__module__": __name__}
-    return type(name, (stock,), body)
+def _delete(model: Any, removed: set[str]) -> None:
+    delete_units(UNetDenoiser(model), removed)
 
 
-VDMiniUNet = student_class(UNetSpatioTemporalConditionModel, "VDMiniUNet")
-VDMiniUNet3D = student_class(UNet3DConditionModel, "VDMiniUNet3D")
-VDMiniUNetMotion = student_class(UNetMotionModel, "VDMiniUNetMotion")
+VDMiniUNet = student_class(UNetSpatioTemporalConditionModel, "VDMiniUNet", __name__, _delete)
+VDMiniUNet3D = student_class(UNet3DConditionModel, "VDMiniUNet3D", __name__, _delete)
+VDMiniUNetMotion = student_class(UNetMotionModel, "VDMiniUNetMotion", __name__, _delete)
 STUDENTS: dict[type[Any], type[Any]] = {cls.__mro__[1]: cls for cls in (VDMiniUNet, VDMiniUNet3D, VDMiniUNetMotion)}
 
 

@@ -1,8 +1,11 @@
-"""Denoisers with random weights and inputs, made where and as they are used: for timing, which asks no more of them."""
+"""Denoisers and VAE decoders with random weights and inputs, made where and as they are used: for timing alone."""
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from vdmini_core.models.decoder import VAEDecoder
 from vdmini_core.models.graph import Condition, Denoiser, config_of, empty
 from vdmini_core.models.published import meta_inputs
 from vdmini_core.models.vae_facts import LatentShape
@@ -10,8 +13,11 @@ from vdmini_core.models.vae_facts import LatentShape
 SVD_NUMBERS = "added_time_ids"
 
 
-def untrained(denoiser: Denoiser, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Denoiser:
-    """The same network with weights drawn on the device in `dtype`; nothing of it is made elsewhere before.
+Network = TypeVar("Network", Denoiser, VAEDecoder)
+
+
+def untrained(denoiser: Network, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Network:
+    """The same network (of a decoder the VAE) with weights drawn on the device in `dtype`, and made nowhere else.
 
     `denoiser` may be on the meta device. Matrices and kernels keep a signal's variance (normal, 1 / sqrt(fan in)),
     norms scale by 1, biases are 0. What the class keeps in float32 when it is loaded is float32 here.

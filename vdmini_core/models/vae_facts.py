@@ -48,7 +48,8 @@ def vae_facts(config: Mapping[str, Any]) -> VAEFacts | None:
         "AutoencoderKLMochi": (8, 6),
         "AutoencoderKLWan": (config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)),
     }
-    if (name := str(config.get("_class_name"))) not in factors:
+    # A compressed decoder's class is named after the stock one (models/decoder.py).
+    if (name := str(config.get("_class_name")).removeprefix("VDMini")) not in factors:
         return None
     spatial, temporal = factors[name]
     channels = config.get("latent_channels") or config.get("z_dim") or 4

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch_pruning
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
 from torch import Tensor, nn
@@ -40,10 +41,6 @@ TOLERANCE = 0.01
 """Networks whose parameters differ by less count as equal in size."""
 CALIBRATION_CLIPS, CALIBRATION_BATCH = 32, 4
 INPUTS = 1  # index of the inputs in `Kept`; outputs and norms are 0
-
-
-class MissingExtra(ValueError):
-    """An optional dependency is not installed; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -164,24 +161,13 @@ def tapped_channels(denoiser: Denoiser, kept: Kept) -> dict[str, tuple[int, ...]
     return found
 
 
-def torch_pruning() -> Any:
-    """The library; MissingExtra where it is not installed."""
-    try:
-        import torch_pruning
-    except ImportError:
-        raise MissingExtra(
-            "channel pruning needs Torch-Pruning, which is not installed: pip install 'vdmini[baselines]'"
-        ) from None
-    return torch_pruning
-
-
 def importances() -> dict[str, Callable[[Any], Tensor]]:
     """How channels are scored, by name.
 
     `magnitude` is the L2 norm of the group's first layer alone (Li et al., arXiv 1608.08710), `depgraph-l2` that of all
     its layers, `depgraph-taylor` the first-order change of the loss (Molchanov et al., arXiv 1906.10771) of all.
     """
-    library = torch_pruning().importance
+    library = torch_pruning.importance
     return {
         "magnitude": library.GroupMagnitudeImportance(p=2, group_reduction="first"),
         "depgraph-l2": library.GroupMagnitudeImportance(p=2),
@@ -197,51 +183,63 @@ def channel_groups(
 ) -> tuple[ChannelGroup, ...]:
     """The groups of a spatio-temporal U-Net with their scores; `depgraph-taylor` reads the gradients that are there.
 
-    `latents` [B, C, T, h, w] and `condition` are any that the network takes. MissingExtra without Torch-Pruning.
+    `latents` [B, C, T, h, w] and `condition` are any that the network takes.
     """
     model = denoiser.model
-    library, score = torch_pruning(), importances()[criterion]
+    score = importances()[criterion]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for parameter in frozen:  # the graph is traced through autograd
         parameter.requires_grad_(True)
     try:
         time = torch.full((len(latents),), 0.3, device=latents.device)
-        graph = library.DependencyGraph().build_dependency(
+        graph = torch_pruning.DependencyGraph().build_dependency(
             model,
             example_inputs=None,
             forward_fn=lambda network, _: denoiser(latents, time, condition),
-            customized_pruners={AlphaBlender: _blender_pruner(library, model)},
+            customized_pruners={AlphaBlender: blender_pruner(model)},
             verbose=False,
         )
-        return tuple(_groups(graph, model, score))
+        return tuple(groups_in(graph, model, score, [model.conv_out]))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
 
 
-def _blender_pruner(library: Any, model: nn.Module) -> Any:
+def blender_pruner(model: nn.Module) -> Any:
     """Tells Torch-Pruning how wide an AlphaBlender is, which has no channels of its own to prune."""
     modules: list[Any] = list(model.modules())
     owners = {module.time_mixer: module for module in modules if hasattr(module, "time_mixer")}
 
-    class BlenderPruner(library.BasePruningFunc):
+    def width(layer: nn.Module) -> int:
+        owner = owners[layer]
+        if isinstance(owner, SpatioTemporalResBlock):
+            return int(owner.temporal_res_block.conv2.out_channels)
+        return int(owner.proj_out.in_features)
+
+    return passing_pruner(width)
+
+
+def passing_pruner(width: Callable[[nn.Module], int]) -> Any:
+    """Tells Torch-Pruning of layers that it does not know, which pass so many channels on."""
+
+    class PassingPruner(torch_pruning.BasePruningFunc):
         def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
             return layer
 
         prune_in_channels = prune_out_channels
 
         def get_out_channels(self, layer: nn.Module) -> int:
-            owner = owners[layer]
-            if isinstance(owner, SpatioTemporalResBlock):
-                return int(owner.temporal_res_block.conv2.out_channels)
-            return int(owner.proj_out.in_features)
+            return width(layer)
 
         get_in_channels = get_out_channels
 
-    return BlenderPruner()
+    return PassingPruner()
 
 
-def _groups(graph: Any, model: nn.Module, score: Callable[[Any], Tensor]) -> Iterator[ChannelGroup]:
+def groups_in(
+    graph: Any, model: nn.Module, score: Callable[[Any], Tensor], fixed: Sequence[nn.Module]
+) -> Iterator[ChannelGroup]:
+    """Torch-Pruning's groups with their scores, all but those of the outputs of `fixed` layers."""
     paths = {module: path for path, module in model.named_modules()}
     heads = {
         layer: module.heads
@@ -250,7 +248,7 @@ def _groups(graph: Any, model: nn.Module, score: Callable[[Any], Tensor]) -> Ite
         for layer in (module.to_q, module.to_k, module.to_v)
     }
     roots = [nn.Conv2d, nn.Conv3d, nn.Linear]
-    for group in graph.get_all_groups(ignored_layers=[model.conv_out], root_module_types=roots):
+    for group in graph.get_all_groups(ignored_layers=list(fixed), root_module_types=roots):
         smallest = min(group, key=lambda item: len(item.idxs))
         if len(smallest.idxs) < len(group[0].idxs):
             group = graph.get_pruning_group(smallest.dep.target.module, smallest.dep.handler, smallest.idxs)

@@ -8,6 +8,7 @@ import torch
 
 from vdmini_core.artifacts import Plan, TeacherManifest
 from vdmini_core.models import Denoiser, IllegalPlan, load_denoiser
+from vdmini_core.models.decoder import VAEDecoder
 
 
 def check_plan(denoiser: Denoiser, teacher: TeacherManifest, plan: Plan) -> None:
@@ -26,12 +27,12 @@ def prune(denoiser: Denoiser, teacher: TeacherManifest, plan: Plan, folder: Path
     """Build the student, save it as `folder/denoiser` and return it as reloaded from there."""
     check_plan(denoiser, teacher, plan)
     student = denoiser.without(plan.removed)
-    save_denoiser(student, folder / "denoiser", dtype)
+    save_model(student, folder / "denoiser", dtype)
     return load_denoiser(folder / "denoiser")
 
 
-def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Save the network so that it is there whole or not at all; the network itself stays as it is."""
+def save_model(denoiser: Denoiser | VAEDecoder, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save the model (of a decoder the whole VAE) so that it is there whole or not at all; it stays as it is."""
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:

@@ -52,6 +52,6 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"evaluate.perceptual names {name}, which cannot be imported ({error}); install the extra with "
-            f"pip install 'vdmini[{name}]' (it needs a torchvision that fits torch), or take {name} off the list"
+            f"the setting perceptual names {name}, which cannot be imported ({error}); install the extra with "
+            f"pip install 'vdmini[{name}]' (it needs a torchvision that fits torch), or take {name} off"
         ) from None

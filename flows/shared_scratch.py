@@ -1,0 +1,162 @@
+"""What a stage has half done, in the DVC remote's own storage, so that another worker goes on from there.
+
+Below `vdmini/<key>/` of the remote lie a stage's scratch files under their own names; the key is the digest of all that
+DVC says the stage depends on. Files do not change once they have their names, so what is there is not sent again. Of a
+checkpoint `step-*` the file checkpoint.json goes last and is removed first: a folder without it is none. What arrives
+gets its name when it is whole, and the stage compares digests before it uses it.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.processes import Logger
+from flows.transfers import TransferFailed
+from vdmini_core.artifacts import json_digest
+from vdmini_core.settings import Params
+
+SCRATCH = {"distill": Path(".scratch/checkpoints"), "sensitivity": Path(".scratch/sensitivity")}
+"""Stages that go on from what they find there."""
+LAST = "checkpoint.json"
+FAREWELL_S = 12.0  # Prefect kills a cancelled flow after 30 s
+
+
+def shared_scratch(root: Path, stage: str, params: Params) -> "SharedScratch | None":
+    """The shared place of what is to be done, or None for a stage that keeps nothing; its inputs have to be here."""
+    from dvc.repo import Repo
+
+    if stage not in SCRATCH:
+        return None
+    with Repo(str(root)) as repo:
+        (found,) = (one for one in repo.index.stages if getattr(one, "name", None) == stage)
+        found.save_deps()
+        deps = {dep.def_path: str(dep.hash_info.value) for dep in found.deps if dep.hash_info}
+        section = getattr(params, stage).model_dump(mode="json")
+        key = json_digest({"stage": stage, "params": section, "deps": deps})
+        remote = repo.cloud.get_remote()
+        return SharedScratch(remote.fs, remote.fs.join(remote.path, "vdmini", key[:32]), root / SCRATCH[stage])
+
+
+@dataclass(frozen=True)
+class SharedScratch:
+    """Files of `folder`, and those of `base` on DVC's file system `fs`."""
+
+    fs: Any
+    base: str
+    folder: Path
+
+    def push(self) -> int:
+        """Send what is not there yet, and remove checkpoints that newer ones replace; how many files were sent."""
+        with _as_transfer(f"sending {self.folder}"):
+            here, there = self._here(), self._there()
+            new = [name for name in here if name not in there and not _grows(name)]
+            for name in [*filter(_grows, here), *new] if new else ():
+                # A checkpoint that is removed meanwhile has a newer one, which the next look finds.
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.put_file(str(self.folder / name), self._path(name))
+            for name in sorted(there, key=_is_last, reverse=True):
+                if _is_of_step(name) and self._is_outdated(name):
+                    self.fs.rm_file(self._path(name))
+            return len(new)
+
+    def pull(self) -> int:
+        """Fetch what is whole there and missing here; how many files came."""
+        with _as_transfer(f"fetching {self.folder}"):
+            there = self._there()
+            whole = [name for name in there if not _is_of_step(name) or _beside(name, LAST) in there]
+            missing = [name for name in whole if not (self.folder / name).exists() and not _grows(name)]
+            for name in [*filter(_grows, whole), *sorted(missing, key=_is_last)] if missing else ():
+                self._fetch(name)
+            return len(missing)
+
+    def clear(self) -> None:
+        """Remove all of it from the remote: the stage is done."""
+        with _as_transfer(f"removing {self.base}"):
+            for name in sorted(self._there(), key=_is_last, reverse=True):
+                self.fs.rm_file(self._path(name))
+
+    @contextmanager
+    def pushed(self, every_s: float, logger: Logger) -> Iterator[None]:
+        """Push now and then while the body runs, and once more where it fails; an outage does not disturb the body."""
+        done = threading.Event()
+
+        def try_to_push() -> None:
+            try:
+                if sent := self.push():
+                    logger.info("%d files of %s are in the shared store", sent, self.folder.name)
+            except TransferFailed as error:
+                logger.warning("%s; the next look tries again", error)
+
+        def work() -> None:
+            while not done.wait(every_s):
+                try_to_push()
+
+        thread = threading.Thread(target=work, name="shared-scratch", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            done.set()
+            last = threading.Thread(target=try_to_push, name="shared-scratch-last", daemon=True)
+            last.start()
+            last.join(FAREWELL_S)
+            raise
+        finally:
+            done.set()
+
+    def _is_outdated(self, name: str) -> bool:
+        """Whether a checkpoint was removed here for a newer one; later ones than any here are another worker's."""
+        step = (self.folder / name).parent
+        return not step.exists() and any(step.name < newer.name for newer in step.parent.glob("step-*"))
+
+    def _fetch(self, name: str) -> None:
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.partial")
+        self.fs.get_file(self._path(name), str(draft))
+        draft.replace(target)
+
+    def _here(self) -> list[str]:
+        """Files that are finished; what makes a checkpoint whole comes last."""
+        names = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
+        finished = [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
+        return sorted(finished, key=_is_last)
+
+    def _there(self) -> set[str]:
+        self.fs.fs.invalidate_cache()
+        if not self.fs.exists(self.base):
+            return set()
+        return {Path(self.fs.relpath(path, self.base)).as_posix() for path in self.fs.find(self.base)}
+
+    def _path(self, name: str) -> str:
+        return str(self.fs.join(self.base, *name.split("/")))
+
+
+def _is_last(name: str) -> bool:
+    return name.endswith(LAST)
+
+
+def _grows(name: str) -> bool:
+    """Whether a file is appended to: histories, which go along with what is new."""
+    return name.endswith(".jsonl")
+
+
+def _is_of_step(name: str) -> bool:
+    return "/step-" in f"/{name.rpartition('/')[0]}"
+
+
+def _beside(name: str, other: str) -> str:
+    return "/".join([*name.split("/")[:-1], other])
+
+
+@contextmanager
+def _as_transfer(name: str) -> Iterator[None]:
+    """The storage's errors, of which each has its own, as TransferFailed."""
+    try:
+        yield
+    except Exception as error:
+        raise TransferFailed(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,144 @@
+"""Stage decoder: compress the VAE's decoder within a budget of time, and recover it; resumes from its checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tasks._inputs import code_digest, evaluator, teacher_manifest, teacher_pipeline, test_clips, train_clips
+from tasks._stage import SCRATCH, Context, device_name
+from vdmini_core.artifacts import (
+    Alarm,
+    DataManifest,
+    DecoderPlan,
+    DecoderReport,
+    DecoderSensitivity,
+    folder_digest,
+    json_digest,
+    read_json,
+    write_json,
+)
+from vdmini_core.data.ucf101 import choose
+from vdmini_core.distillation.decoder import evaluator_distance, lpips_distance, recover_decoder
+from vdmini_core.distillation.decoder_watch import RecoveryWatch, decoder_page
+from vdmini_core.evaluation.costs import RATIO_RUNS, measure_latencies
+from vdmini_core.evaluation.metrics.dynamics import flicker
+from vdmini_core.models.decoder import VAEDecoder
+from vdmini_core.models.encoding import read_batch
+from vdmini_core.pruning.decoder_plan import compressed, describe_decoder_plan, make_decoder_plan
+from vdmini_core.pruning.decoder_sensitivity import clips_of, decoder_sensitivity, reconstruction
+from vdmini_core.pruning.surgery import save_model
+from vdmini_core.training.history import History
+
+# Settings that change no result: how often a run reports and saves, how a step is computed.
+MANNER: dict[str, Any] = {"loop": {"log_every", "checkpoint_every", "keep_checkpoints", "accumulate"}}
+CODE = ("data", "distillation", "evaluation", "models", "pruning", "training")
+
+
+def run(context: Context) -> None:
+    settings = context.params.decoder
+    if not settings.enabled:
+        context.say("decoder.enabled is false: the decoder stays as it is")
+        write_json(context.folder / "decoder.json", context.provenance(teacher=teacher_manifest(context).digest))
+        return
+    inputs = {
+        "code": code_digest(CODE),
+        "teacher": teacher_manifest(context).digest,
+        "latents": folder_digest(context.input("encode"), "*.safetensors"),
+    }
+    # Checkpoints, and the measurements that they follow from, outlive the outputs, which DVC empties before a run.
+    fingerprint = json_digest(
+        {"settings": settings.model_dump(mode="json", exclude=MANNER), "device": device_name(context.device), **inputs}
+    )
+    scratch = SCRATCH / "decoder" / fingerprint[:16]
+    original = VAEDecoder(teacher_pipeline(context, "vae").vae)
+    sensitivity, plan = planned(context, original, scratch)
+    context.say(describe_decoder_plan(plan).rstrip())
+    pruned, student = compressed(original, plan), compressed(original, plan)
+    history = History(scratch / "history.jsonl")
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        history.log(metrics, step)
+        context.log(metrics, step)
+
+    def alert(alarm: Alarm) -> None:
+        context.tracker.tags({f"alarm.decoder.{alarm.name}": f"step {alarm.step}: {alarm.text}"})
+
+    watch = RecoveryWatch(
+        original, test_clips(context), settings, history, scratch, context.device, log=context.log, alert=alert
+    )
+    watch(0, pruned)
+    recover_decoder(
+        original,
+        student,
+        train_clips(context),
+        lpips_distance(context.device) if settings.perceptual == "lpips" else evaluator_distance(evaluator(context)),
+        settings,
+        context.device,
+        checkpoints=scratch,
+        fingerprint=fingerprint,
+        log=log,
+        track=context.track,
+        should_stop=context.should_stop,
+        watch=watch,
+    )
+    save_model(student, context.folder / "vae")
+    steps = settings.loop.max_steps
+    decoders = {"original": original, "pruned": pruned, "recovered": student}
+    real = real_clips(context, len(watch.latents)).to(context.device)
+    with torch.no_grad():
+        latencies = measure_latencies(
+            {name: lambda d=decoder: d(watch.latents[:1]) for name, decoder in decoders.items() if name != "pruned"},  # type: ignore[misc]
+            context.device,
+            runs=RATIO_RUNS,
+            warmup=2,
+        )
+    report = DecoderReport(
+        plan=plan,
+        sensitivity=sensitivity,
+        quality={name: reconstruction(clips_of(decoder, watch.latents), real) for name, decoder in decoders.items()},
+        real_flicker=flicker(real).mean().item(),
+        clips=len(real),
+        latencies=latencies,
+        curve=watch.rows(steps),
+        alarms=watch.alarms(steps),
+        provenance=context.provenance(**inputs),
+    )
+    write_outputs(context, report, history)
+
+
+def planned(context: Context, original: VAEDecoder, scratch: Path) -> tuple[DecoderSensitivity, DecoderPlan]:
+    """Measure and plan, once for a training, which another measurement of time must not change halfway."""
+    settings, files = context.params.decoder, (scratch / "sensitivity.json", scratch / "plan.json")
+    if not files[1].is_file():
+        latents = train_clips(context).rows(list(range(settings.clips)))["latents"].to(context.device)
+        found = decoder_sensitivity(original, latents, runs=settings.latency_runs, track=context.track)
+        write_json(files[0], found)
+        write_json(files[1], make_decoder_plan(original, settings, found.shape, found))
+    return read_json(files[0], DecoderSensitivity), read_json(files[1], DecoderPlan)
+
+
+def real_clips(context: Context, count: int) -> torch.Tensor:
+    """The first encoded test clips themselves, [N, 3, T, H, W] in [-1, 1]."""
+    data, encode = read_json(context.input("data") / "manifest.json", DataManifest), context.params.encode
+    return read_batch(choose(data, "test", encode.test_clips, encode.seed)[:count], data)[0]
+
+
+def write_outputs(context: Context, report: DecoderReport, history: History) -> None:
+    """Files and figures; the report goes last."""
+    folder, before, after = context.folder, report.latencies["original"], report.latencies["recovered"]
+    history.write(folder / "history.json")
+    write_json(folder / "recovery.json", {"rows": [row.model_dump(mode="json") for row in report.curve]})
+    (folder / "decoder.md").write_text(decoder_page(report))
+    write_json(folder / "decoder.json", report)
+    for name in ("decoder.md", "decoder.json"):
+        context.tracker.artifact(folder / name)
+    figures = {
+        "size/decoder_parameters": report.plan.parameters[1],
+        "size/decoder_parameter_ratio": report.plan.parameters[1] / report.plan.parameters[0],
+        "speed/decoder_flop_ratio": report.plan.flops[1] / report.plan.flops[0],
+        "speed/decoder_latency_ratio": after.median_ms / before.median_ms,
+    }
+    for name, quality in report.quality.items():
+        figures |= {f"decoder/{measure}/{name}": value for measure, value in quality}
+    context.log(figures, 0)

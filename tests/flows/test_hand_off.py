@@ -1,0 +1,354 @@
+"""A stage handed from a driver's clone to a worker's, which share a DVC remote and a git origin and no other file."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import placement, run_lock, transfers
+from flows.deployment import deploy
+from flows.full import vdmini
+from flows.graph import inputs_of, restore
+from flows.order import Order, check_out, order_of
+from flows.processes import StageFailed
+from flows.shared_scratch import SharedScratch, shared_scratch
+from flows.transfers import TransferFailed, transfer, with_back_off
+from vdmini_core.artifacts import file_digest, write_json
+from vdmini_core.settings import load_params
+
+ROOT = Path(__file__).parents[2]
+LOG = logging.getLogger("test")
+DVC = """
+stages:
+  prune:
+    cmd: python step.py prune source.txt
+    deps: [step.py, source.txt]
+    outs: [artifacts/prune]
+  distill:
+    cmd: python step.py distill artifacts/prune/out.txt
+    deps: [step.py, artifacts/prune]
+    params: [distill]
+    outs: [artifacts/distill]
+"""
+PREFECT = """
+name: clones
+deployments:
+  - name: gpu
+    entrypoint: flows/remote.py:stage
+    pull:
+      - flows.remote.enter_clone: {}
+    work_pool:
+      name: gpu
+"""
+# A stage with checkpoints as distill has them: a count, and where it was started.
+STEP = """
+import json, pathlib, sys, time
+name, source = sys.argv[1:]
+pathlib.Path(f"ran-{name}.scratch").open("a").write("x")
+text, done = pathlib.Path(source).read_text(), 0
+folder = pathlib.Path(".scratch/checkpoints/one")
+for step in sorted(folder.glob("step-*")):
+    if (step / "checkpoint.json").is_file():
+        done = json.loads((step / "checkpoint.json").read_text())["step"]
+if name == "distill":
+    print("starts at", done, flush=True)
+    for done in range(done, 6):
+        step = folder / f".step-{done + 1}"
+        step.mkdir(parents=True)
+        (step / "state.safetensors").write_text("state" * (done + 1))
+        (step / "checkpoint.json").write_text(json.dumps({"step": done + 1}))
+        step.rename(folder / step.name[1:])
+        pathlib.Path("pace").exists() and time.sleep(0.5)
+target = pathlib.Path("artifacts") / name
+target.mkdir(parents=True)
+(target / "out.txt").write_text(f"{text} {name}")
+"""
+
+
+def command(folder: Path, *words: str) -> str:
+    done = subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Clones:
+    """A driver and two workers."""
+
+    driver: Path
+    workers: tuple[Path, Path]
+    store: Path
+
+
+def commit(clone: Path) -> None:
+    command(clone, "git", "add", "--all")
+    command(clone, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "x")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Origin, driver and workers, which name each other by relative paths, so that a copy stands for itself."""
+    folder = tmp_path_factory.mktemp("clones")
+    driver = folder / "driver"
+    command(folder, "git", "init", "-q", "--bare", "origin.git")
+    command(folder, "git", "clone", "-q", "origin.git", "driver")
+    (driver / "dvc.yaml").write_text(DVC)
+    (driver / "step.py").write_text(STEP)
+    (driver / "source.txt").write_text("source")
+    (driver / "prefect.yaml").write_text(PREFECT)
+    (driver / "flows").mkdir()
+    shutil.copy(ROOT / "flows/remote.py", driver / "flows/remote.py")
+    (driver / ".gitignore").write_text("/artifacts/\n/.scratch/\n*.scratch\n/pace\n")
+    (driver / "params.yaml").write_text(
+        "distill: {loop: {max_steps: 1, batch_size: 1}}\nresources: {distill: {push_checkpoints_s: 0.2}}\n"
+    )
+    command(driver, sys.executable, "-m", "dvc", "init", "-q")
+    command(driver, sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "store", "../store")
+    command(driver, "git", "remote", "set-url", "origin", "../origin.git")
+    commit(driver)
+    command(driver, "git", "push", "-q", "origin", "HEAD")
+    command(driver, sys.executable, "-m", "dvc", "repro", "-q", "prune")
+    for worker in ("first", "second"):
+        command(folder, "git", "clone", "-q", "origin.git", worker)
+        command(folder / worker, "git", "remote", "set-url", "origin", "../origin.git")
+    return folder
+
+
+@pytest.fixture
+def clones(template: Path, tmp_path: Path) -> Clones:
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    return Clones(tmp_path / "driver", (tmp_path / "first", tmp_path / "second"), tmp_path / "store")
+
+
+def order(clones: Clones) -> Order:
+    """Distill, its inputs sent, as `place` does it."""
+    found = order_of("distill", clones.driver, None, LOG)
+    transfer(["push", *inputs_of(clones.driver, "distill")], clones.driver, LOG)
+    return found
+
+
+def start(worker: Path, wanted: Order) -> "subprocess.Popen[str]":
+    """What the flow `stage` does on a worker."""
+    check_out(wanted, worker, LOG)
+    write_json(worker / ".scratch/order.json", wanted)
+    words = [sys.executable, "-m", "flows.order", ".scratch/order.json"]
+    values = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(words, cwd=worker, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def carried_out(worker: Path, wanted: Order) -> str:
+    process = start(worker, wanted)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_stage_is_run_by_a_worker_and_restored_on_the_driver(clones: Clones) -> None:
+    # What git does not have goes with the order: changed settings, and the lock that `repro` wrote.
+    (clones.driver / "params.yaml").write_text("distill: {loop: {max_steps: 2, batch_size: 1}}\n")
+    wanted = order(clones)
+    assert inputs_of(clones.driver, "distill") == ["artifacts/prune"]
+    carried_out(clones.workers[0], wanted)
+    assert (clones.workers[0] / "params.yaml").read_text() == wanted.params
+    assert placement.fetch("distill", clones.driver, LOG) == "placed"
+    assert (clones.driver / "artifacts/distill/out.txt").read_text() == "source prune distill"
+    assert not (clones.driver / "ran-distill.scratch").exists()
+    assert not (clones.workers[0] / "ran-prune.scratch").exists()
+    assert command(clones.driver, sys.executable, "-m", "dvc", "status").strip().endswith("up to date.")
+    assert [path for path in (clones.store / "vdmini").rglob("*") if path.is_file()] == []
+    # A worker that was lost after it had sent its results is not followed by one that repeats them.
+    carried_out(clones.workers[1], wanted)
+    assert not (clones.workers[1] / "ran-distill.scratch").exists()
+
+
+def test_a_result_that_did_not_arrive_is_an_error_and_never_run_on_the_driver(clones: Clones) -> None:
+    order(clones)
+    ran = clones.driver / "ran-distill.scratch"
+    with pytest.raises(StageFailed, match="its result was not found in the remote"):
+        placement.fetch("distill", clones.driver, LOG)
+    assert not ran.exists() or not (clones.driver / "artifacts/distill").exists()
+    assert "distill" not in (clones.driver / "dvc.lock").read_text()
+
+
+def test_a_worker_that_takes_over_goes_on_from_the_last_whole_checkpoint(clones: Clones) -> None:
+    first, second = clones.workers
+    (first / "pace").touch()
+    wanted = order(clones)
+    process = start(first, wanted)
+    there = "vdmini/*/one/step-2/checkpoint.json"
+    while not list(clones.store.glob(there)):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    worker = psutil.Process(process.pid)
+    for lost in [*worker.children(recursive=True), worker]:
+        lost.kill()
+    process.communicate()
+    # A folder whose manifest did not arrive is no checkpoint.
+    (half,) = {path.parent for path in clones.store.glob("vdmini/*/one/step-2")}
+    (half / "step-9").mkdir()
+    (half / "step-9" / "state.safetensors").write_text("half")
+    output = carried_out(second, wanted)
+    assert "goes on from" in output
+    assert "starts at 0" not in output
+    assert "starts at" in output
+    assert not (second / ".scratch/checkpoints/one/step-9").exists()
+    assert placement.fetch("distill", clones.driver, LOG) == "placed"
+
+
+def test_stopping_a_worker_sends_the_checkpoint_it_leaves(clones: Clones) -> None:
+    first, _ = clones.workers
+    (first / "pace").touch()
+    wanted = order(clones)
+    wanted = wanted.model_copy(update={"params": wanted.params.replace("0.2", "1000")})
+    process = start(first, wanted)
+    while not (first / ".scratch/checkpoints/one/step-2").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert list(clones.store.glob("vdmini/*/one/step-2/checkpoint.json"))
+
+
+def test_checkpoints_are_mirrored_whole_and_old_ones_removed(clones: Clones, tmp_path: Path) -> None:
+    order(clones)
+    shared = shared_scratch(clones.driver, "distill", load_params(clones.driver / "params.yaml"))
+    assert shared is not None
+    folder = clones.driver / ".scratch/checkpoints/run"
+    for step in (1, 2):
+        (folder / f"step-{step}").mkdir(parents=True)
+        (folder / f"step-{step}" / "state.safetensors").write_text(f"state {step}")
+        (folder / f"step-{step}" / "checkpoint.json").write_text("{}")
+    (folder / ".step-3.partial").mkdir()
+    (folder / ".step-3.partial" / "state.safetensors").write_text("half")
+    (folder / "history.jsonl").write_text("{}\n")
+    assert shared.push() == 4
+    assert shared.push() == 0
+    for name in ("state.safetensors", "checkpoint.json"):
+        (folder / "step-1" / name).unlink()
+    (folder / "step-1").rmdir()
+    shared.push()
+    # A worker that was taken for lost does not remove what its successor has sent.
+    behind = SharedScratch(shared.fs, shared.base, tmp_path / "behind")
+    (behind.folder / "run/step-1").mkdir(parents=True)
+    (behind.folder / "run/step-1/checkpoint.json").write_text("{}")
+    behind.push()
+    shared.push()
+    there = SharedScratch(shared.fs, shared.base, tmp_path / "elsewhere")
+    assert there.pull() == 2
+    found = {
+        path.relative_to(there.folder / "run"): file_digest(path) for path in there.folder.rglob("*") if path.is_file()
+    }
+    assert found == {name: file_digest(folder / name) for name in found}
+    assert {str(name) for name in found} == {"history.jsonl", "step-2/checkpoint.json", "step-2/state.safetensors"}
+
+
+def test_what_a_worker_could_not_get_is_refused(clones: Clones) -> None:
+    (clones.driver / "step.py").write_text(STEP + "\n# edited")
+    with pytest.raises(
+        ValueError, match=r"step\.py is not committed; commit and push first \(params\.yaml and dvc\.lock"
+    ):
+        order_of("distill", clones.driver, None, LOG)
+    command(
+        clones.driver, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-a", "-m", "y"
+    )
+    with pytest.raises(ValueError, match="is on no remote of git; push it first"):
+        order_of("distill", clones.driver, None, LOG)
+    command(clones.driver, "git", "push", "-q", "origin", "HEAD")
+    wanted = order_of("distill", clones.driver, None, LOG)
+    worker = clones.workers[0]
+    (worker / "step.py").write_text("mine")
+    with pytest.raises(ValueError, match=r"worker's clone, but step\.py was edited in it"):
+        check_out(wanted, worker, LOG)
+    command(worker, "git", "checkout", "-q", "step.py")
+    check_out(wanted, worker, LOG)
+    assert (worker / "step.py").read_text().endswith("# edited")
+
+
+def test_inputs_that_nobody_pushed_are_not_waited_for(clones: Clones) -> None:
+    wanted = order_of("distill", clones.driver, None, LOG)
+    process = start(clones.workers[0], wanted)
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "neither locally nor on remote" in output
+    assert time.monotonic() - started < 30
+
+
+def test_a_transfer_is_tried_again_and_wrong_input_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+    monkeypatch.setattr(transfers.time, "sleep", pauses.append)
+    answers: list[str | Exception] = [TransferFailed("connection refused"), TransferFailed("503"), "done"]
+
+    def action() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert with_back_off(action, "push", LOG) == "done"
+    assert len(pauses) == 2
+    assert pauses[1] > pauses[0]
+    answers[:] = [TransferFailed("OSError: [Errno 28] No space left on device"), "done"]
+    with pytest.raises(TransferFailed, match="No space left"):
+        with_back_off(action, "push", LOG)
+    answers[:] = [ValueError("wrong"), "done"]
+    with pytest.raises(ValueError, match="wrong"):
+        with_back_off(action, "push", LOG)
+    answers[:] = [TransferFailed("connection refused")] * 100
+    with pytest.raises(TransferFailed):
+        with_back_off(action, "push", LOG, patience_s=0.5)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    program = "import logging, pathlib, sys, time; from flows.run_lock import hold\n"
+    program += "with hold(pathlib.Path('.'), 'a run', logging.getLogger()): print('held', flush=True); time.sleep(3)"
+    values = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=values, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        told = pytest.raises(RuntimeError, match="cannot serve a worker as well; a worker needs a clone of its own")
+        with told, run_lock.hold(tmp_path, "a worker", LOG):
+            pass
+        with caplog.at_level(logging.WARNING), run_lock.hold(tmp_path, "a run", LOG):
+            assert other.poll() is not None or other.wait(5) == 0
+    assert f"a run of process {other.pid}; waiting for its end" in caplog.text
+
+
+def test_what_is_up_to_date_or_in_the_cache_needs_no_worker(clones: Clones) -> None:
+    assert restore("prune", clones.driver, LOG) == "skipped"
+    (clones.driver / "artifacts/prune/out.txt").unlink()
+    assert restore("prune", clones.driver, LOG) == "restored"
+
+
+@pytest.mark.slow
+def test_the_flow_has_a_placed_stage_done_by_a_worker_of_the_pool(
+    clones: Clones, prefect_server: str, mlflow_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deployed, ordered and carried out by Prefect itself."""
+    monkeypatch.chdir(clones.driver)
+    for name, value in {"PREFECT_API_URL": prefect_server, "MLFLOW_TRACKING_URI": mlflow_file}.items():
+        monkeypatch.setenv(name, value)
+    text = (clones.driver / "params.yaml").read_text().replace("{distill: {", "{distill: {pool: gpu, ")
+    (clones.driver / "params.yaml").write_text(text)
+    deploy(clones.driver)
+    values = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "flows.cli", "worker", "--pool", "gpu", "--name", "first"]
+    with (clones.store.parent / "worker.log").open("w") as log:
+        worker = subprocess.Popen(words, cwd=clones.workers[0], env=values, stdout=log, stderr=log)
+    try:
+        assert vdmini() == {"prune": "skipped", "distill": "placed"}
+    finally:
+        worker.terminate()
+        worker.wait(60)
+    assert (clones.workers[0] / "ran-distill.scratch").exists()
+    assert not (clones.driver / "ran-distill.scratch").exists()
+    assert vdmini() == {"prune": "skipped", "distill": "skipped"}
