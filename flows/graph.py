@@ -65,7 +65,8 @@ class NotThere(Exception):
 def restore(name: str, root: Path, logger: Logger) -> Result | None:
     """Skip a stage or restore its result, from the remote if need be; None where DVC would have to run it.
 
-    Raises TransferFailed where the remote cannot be asked.
+    Where DVC would run the stage it is given a shell that runs nothing, and is stopped. Raises TransferFailed where
+    the remote cannot be asked.
     """
     results: list[Result] = []
     lost: list[str] = []
@@ -82,7 +83,8 @@ def restore(name: str, root: Path, logger: Logger) -> Result | None:
         note_result(line)
 
     try:
-        run_logged([*repro_command(name), "--pull"], f"restoring {name!r}", root, None, logger, note)
+        command = ["env", "SHELL=false", *repro_command(name), "--pull"]
+        run_logged(command, f"restoring {name!r}", root, None, logger, note)
     except NotThere:
         if lost:
             raise TransferFailed(f"the remote could not be asked for {name!r}:\n" + "\n".join(lost)) from None
