@@ -7,7 +7,7 @@ import torch
 
 from vdmini_core.settings import LoopSettings
 from vdmini_core.zoo.clips import render_set, to_model_range
-from vdmini_core.zoo.vae import new_causal_vae, new_frame_vae, new_temporal_vae, train_vae
+from vdmini_core.zoo.vae import _decoded, _posterior, new_causal_vae, new_frame_vae, new_temporal_vae, train_vae
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,18 @@ def test_a_vae_learns_and_leaves_latents_of_unit_variance(new: Any, factor: int)
         assert (latents * vae.config.scaling_factor).std() == pytest.approx(1, abs=1e-3)
     assert latents.shape[-1] == 16 // factor
     assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+@torch.no_grad()
+def test_a_whole_clip_at_once_is_what_wans_class_does_frame_by_frame() -> None:
+    """Without compression in time, which is why training need not go through its cache."""
+    torch.manual_seed(0)
+    vae = new_causal_vae().eval()
+    for parameter in vae.parameters():  # those that start at zero would hide what they see
+        parameter.normal_(std=0.05)
+    clips = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    latents = vae.encode(clips).latent_dist.mode()
+    torch.testing.assert_close(_posterior(vae, clips).mode(), latents, rtol=1e-4, atol=1e-5)
+    decoded = _decoded(vae, latents, 9)
+    assert decoded.std() > 1e-3
+    torch.testing.assert_close(decoded.clamp(-1, 1), vae.decode(latents).sample, rtol=1e-4, atol=1e-5)

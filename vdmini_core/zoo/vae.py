@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,10 +126,9 @@ def train_vae(
 
     def loss(state: State) -> dict[str, Tensor]:
         with torch.set_grad_enabled(not decoder_only):
-            posterior = vae.encode(state["images"]).latent_dist
+            posterior = _posterior(vae, state["images"])
         latents = posterior.mean + posterior.std * state["noise"]
-        options = {"num_frames": window} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
-        output = vae.decode(latents, **options).sample.float()
+        output = _decoded(vae, latents, window).float()
         l1, l2 = F.l1_loss(output, state["images"]), F.mse_loss(output, state["images"])
         kl = posterior.kl().mean() / latents[0].numel()
         return {"total": l1 + 2 * l2 + KL_WEIGHT * kl, "l1": l1, "l2": l2, "kl": kl}
@@ -157,6 +157,21 @@ def train_vae(
     else:
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
+
+
+def _posterior(vae: Any, images: Tensor) -> DiagonalGaussianDistribution:
+    """What `encode` gives; Wan's takes four frames at a time, which without compression in time changes nothing."""
+    if isinstance(vae, AutoencoderKLWan):
+        return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(images)))
+    return vae.encode(images).latent_dist  # type: ignore[no-any-return]
+
+
+def _decoded(vae: Any, latents: Tensor, frames: int) -> Tensor:
+    """What `decode` gives; Wan's takes one frame at a time and cuts off what is beyond -1 and 1, with its gradient."""
+    if isinstance(vae, AutoencoderKLWan):
+        return vae.decoder(vae.post_quant_conv(latents))  # type: ignore[no-any-return]
+    options = {"num_frames": frames} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+    return vae.decode(latents, **options).sample  # type: ignore[no-any-return]
 
 
 def _as_input(vae: Any, clips: Tensor) -> Tensor:
