@@ -144,6 +144,9 @@ class PlanSettings(Settings):
     protect: tuple[str, ...] = Field((), description="units or blocks that stay, whatever the method")
     seed: int = Field(0, description="random")
     candidates: int = Field(4, gt=0, description="with ratio: the best plans that are listed for `vdmini probe`")
+    random_candidates: int = Field(
+        0, ge=0, description="with ratio: plans of random damage listed after them; damage does not foresee recovery"
+    )
     fraction: float = Field(0.2, gt=0, lt=1, description="uniform without ratio: share of a transformer's blocks to go")
     remove: tuple[str, ...] = Field((), description="manual: unit or block names, such as D.0.1")
 

@@ -72,3 +72,16 @@ def test_candidates_are_named_by_their_place_and_keep_what_is_protected(teacher:
     expected = sum(damages[unit].content + 2 * damages[unit].motion for unit in first.removed)
     assert first.predicted == pytest.approx(expected)
     assert found[0].predicted <= found[1].predicted <= found[2].predicted
+
+    more = settings.model_copy(update={"random_candidates": 3})
+    listed, again = (best_plans(teacher, more, Known(CostTable.model_construct(), damages)).plans for _ in range(2))
+    assert listed == again
+    assert listed[:3] == found
+    drawn = listed[3:]
+    assert 0 < len(drawn) <= 3  # one that is among the best is not listed twice
+    assert {plan.name for plan in drawn} <= {"random-1", "random-2", "random-3"}
+    assert len({plan.removed for plan in listed}) == len(listed)
+    for plan in drawn:
+        assert "M" not in plan.removed
+        assert expense.left(Graph.of(teacher), plan.removed) <= 0.62 * expense.whole
+        assert plan.predicted >= found[0].predicted

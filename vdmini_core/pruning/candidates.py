@@ -1,5 +1,6 @@
 """The plans that come next after the best: what a probe tries before anyone trains for long."""
 
+import random
 from collections.abc import Mapping
 
 from vdmini_core.evaluation.study import Candidate, Candidates
@@ -12,8 +13,9 @@ from vdmini_core.settings import PlanSettings
 
 
 def best_plans(denoiser: Denoiser, settings: PlanSettings, evidence: Evidence) -> Candidates:
-    """The `plan.candidates` removals of least predicted damage within the budget, the best first.
+    """The `plan.candidates` removals of least predicted damage within the budget, the best first, then random ones.
 
+    Of `plan.random_candidates` each has least damage where every unit's is drawn at random, by its place as the seed.
     Fewer where fewer are legal. IllegalPlan where the budget is impossible or too little is known; ValueError without
     a budget.
     """
@@ -22,10 +24,15 @@ def best_plans(denoiser: Denoiser, settings: PlanSettings, evidence: Evidence) -
     damage, expense = evidence.weighted(denoiser, settings), evidence.expense(settings.budget)
     graph = Graph.of(denoiser).keeping(expand(settings.protect, denoiser.units))
     found = removals_in_order(graph, damage, expense, settings.ratio, settings.candidates)
+    names = {removed: f"plan-{place}" for place, removed in enumerate(found, 1)}
+    for seed in range(settings.random_candidates):
+        draw = random.Random(seed)
+        drawn = least_damage(graph, {unit: draw.random() for unit in graph.units}, expense, settings.ratio)
+        names.setdefault(drawn, f"random-{seed + 1}")
     return Candidates(
         plans=tuple(
-            Candidate(name=f"plan-{place}", removed=removed, predicted=total_of(damage, removed))
-            for place, removed in enumerate(found, 1)
+            Candidate(name=name, removed=removed, predicted=total_of(damage, removed))
+            for removed, name in names.items()
         )
     )
 
