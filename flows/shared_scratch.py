@@ -19,7 +19,11 @@ from flows.transfers import TransferFailed
 from vdmini_core.artifacts import json_digest
 from vdmini_core.settings import Params
 
-SCRATCH = {"distill": Path(".scratch/checkpoints"), "sensitivity": Path(".scratch/sensitivity")}
+SCRATCH = {
+    "distill": Path(".scratch/checkpoints"),
+    "sensitivity": Path(".scratch/sensitivity"),
+    "decoder": Path(".scratch/decoder"),
+}
 """Stages that go on from what they find there."""
 LAST = "checkpoint.json"
 FAREWELL_S = 12.0  # Prefect kills a cancelled flow after 30 s

@@ -1,5 +1,6 @@
 """Stage decoder: compress the VAE's decoder within a budget of time, and recover it; resumes from its checkpoints."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,19 @@ from vdmini_core.evaluation.costs import RATIO_RUNS, measure_latencies
 from vdmini_core.evaluation.metrics.dynamics import flicker
 from vdmini_core.models.decoder import VAEDecoder
 from vdmini_core.models.encoding import read_batch
+from vdmini_core.models.sources import evaluator_folder
 from vdmini_core.pruning.decoder_plan import compressed, describe_decoder_plan, make_decoder_plan
 from vdmini_core.pruning.decoder_sensitivity import clips_of, decoder_sensitivity, reconstruction
 from vdmini_core.pruning.surgery import save_model
 from vdmini_core.training.history import History
 
-# Settings that change no result: how often a run reports and saves, how a step is computed.
-MANNER: dict[str, Any] = {"loop": {"log_every", "checkpoint_every", "keep_checkpoints", "accumulate"}}
+# Settings that change no training: how often a run reports and saves, how a step is computed, what watches it.
+MANNER: dict[str, Any] = {
+    "loop": {"log_every", "checkpoint_every", "keep_checkpoints", "accumulate"},
+    "validation": True,
+}
+MISSED = 1.1
+"""A measured time above the budget by this factor is said."""
 CODE = ("data", "distillation", "evaluation", "models", "pruning", "training")
 
 
@@ -39,6 +46,7 @@ def run(context: Context) -> None:
     settings = context.params.decoder
     if not settings.enabled:
         context.say("decoder.enabled is false: the decoder stays as it is")
+        shutil.rmtree(context.folder / "vae", ignore_errors=True)  # of an earlier run, which evaluate would take
         write_json(context.folder / "decoder.json", context.provenance(teacher=teacher_manifest(context).digest))
         return
     inputs = {
@@ -46,13 +54,15 @@ def run(context: Context) -> None:
         "teacher": teacher_manifest(context).digest,
         "latents": folder_digest(context.input("encode"), "*.safetensors"),
     }
+    if settings.perceptual == "evaluator":
+        inputs["evaluator"] = folder_digest(evaluator_folder(), "*.safetensors")
     # Checkpoints, and the measurements that they follow from, outlive the outputs, which DVC empties before a run.
     fingerprint = json_digest(
         {"settings": settings.model_dump(mode="json", exclude=MANNER), "device": device_name(context.device), **inputs}
     )
     scratch = SCRATCH / "decoder" / fingerprint[:16]
     original = VAEDecoder(teacher_pipeline(context, "vae").vae)
-    sensitivity, plan = planned(context, original, scratch)
+    sensitivity, plan = planned(context, original, scratch, inputs)
     context.say(describe_decoder_plan(plan).rstrip())
     pruned, student = compressed(original, plan), compressed(original, plan)
     history = History(scratch / "history.jsonl")
@@ -64,8 +74,9 @@ def run(context: Context) -> None:
     def alert(alarm: Alarm) -> None:
         context.tracker.tags({f"alarm.decoder.{alarm.name}": f"step {alarm.step}: {alarm.text}"})
 
+    seen = scratch / f"watch-{settings.validation.every}-{settings.validation.clips}"
     watch = RecoveryWatch(
-        original, test_clips(context), settings, history, scratch, context.device, log=context.log, alert=alert
+        original, test_clips(context), settings, history, seen, context.device, log=context.log, alert=alert
     )
     watch(0, pruned)
     recover_decoder(
@@ -105,17 +116,32 @@ def run(context: Context) -> None:
         provenance=context.provenance(**inputs),
     )
     write_outputs(context, report, history)
+    ratio = latencies["recovered"].median_ms / latencies["original"].median_ms
+    if settings.method == "optimal" and ratio > MISSED * settings.ratio:
+        context.say(
+            f"decoding takes {ratio:.3f} of the original's time, where decoder.ratio is {settings.ratio} and the plan "
+            f"said {plan.predicted_ratio:.3f}: was the machine busy when parts were timed? Raise decoder.latency_runs"
+        )
 
 
-def planned(context: Context, original: VAEDecoder, scratch: Path) -> tuple[DecoderSensitivity, DecoderPlan]:
-    """Measure and plan, once for a training, which another measurement of time must not change halfway."""
-    settings, files = context.params.decoder, (scratch / "sensitivity.json", scratch / "plan.json")
-    if not files[1].is_file():
+def planned(
+    context: Context, original: VAEDecoder, scratch: Path, inputs: dict[str, str]
+) -> tuple[DecoderSensitivity, DecoderPlan]:
+    """Measure and plan, once for a training, which another measurement of time must not change halfway.
+
+    Measurements hold for other budgets and trainings as well; `inputs` are the digests that they follow from.
+    """
+    settings, file = context.params.decoder, scratch / "plan.json"
+    what = {"clips": settings.clips, "runs": settings.latency_runs, "device": device_name(context.device), **inputs}
+    measured = scratch.parent / f"sensitivity-{json_digest(what)[:16]}.json"
+    if not measured.is_file():
         latents = train_clips(context).rows(list(range(settings.clips)))["latents"].to(context.device)
         found = decoder_sensitivity(original, latents, runs=settings.latency_runs, track=context.track)
-        write_json(files[0], found)
-        write_json(files[1], make_decoder_plan(original, settings, found.shape, found))
-    return read_json(files[0], DecoderSensitivity), read_json(files[1], DecoderPlan)
+        write_json(measured, found)
+    sensitivity = read_json(measured, DecoderSensitivity)
+    if not file.is_file():
+        write_json(file, make_decoder_plan(original, settings, sensitivity.shape, sensitivity))
+    return sensitivity, read_json(file, DecoderPlan)
 
 
 def real_clips(context: Context, count: int) -> torch.Tensor:

@@ -288,6 +288,7 @@ class Corner(Record):
     """A denoiser (teacher or recovered) with a decoder (original or compressed): clips of the same latents.
 
     `stages` as in EvaluationRow, of all corners in turn; `flicker_ratio` is to the teacher's with the original decoder.
+    `alarms` as there, for the compressed decoder.
     """
 
     denoiser: str
@@ -296,6 +297,7 @@ class Corner(Record):
     quality: Quality
     flicker_ratio: float
     stages: dict[str, Latency]
+    alarms: dict[str, str] = {}
 
 
 class EvaluationReport(Record):

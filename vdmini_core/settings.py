@@ -378,7 +378,7 @@ class RegisterSettings(Settings):
     mid: Literal["none", "identity"] = Field(
         "none",
         description="the exported U-Net where the plan removes M. none: smallest, needs vdmini installed to load; "
-        "identity: a stock diffusers checkpoint whose mid block does nothing",
+        "identity: a stock diffusers checkpoint whose mid block does nothing (a compressed VAE is none)",
     )
     min_parameter_reduction: float = Field(0.2, ge=0, lt=1)
     min_content_accuracy: float = Field(0.0, ge=0, le=1)

@@ -172,10 +172,11 @@ def test_students_without_a_pair_have_no_table_of_pairs(report: EvaluationReport
     assert isinstance(rows[0].latency, Latency)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_latents_decoded_by_the_same_decoder_twice_are_the_same_clips(
-    tiny_pipeline: SVD, data: LatentCache, evaluator: Evaluator
+    tiny_pipeline: SVD, data: LatentCache, evaluator: Evaluator, precision: str
 ) -> None:
-    settings = SETTINGS.model_copy(update={"clips": 3, "diversity": 0})
+    settings = SETTINGS.model_copy(update={"clips": 3, "diversity": 0, "precision": precision})
     denoisers = {"teacher": tiny_pipeline.denoiser, "recovered": tiny_pipeline.denoiser.without(("M",))}
     found = generate_rows(tiny_pipeline, denoisers, data, evaluator, settings, compressed=tiny_pipeline)
     assert list(found) == ["teacher, compressed decoder", "recovered, compressed decoder", "teacher", "recovered"]

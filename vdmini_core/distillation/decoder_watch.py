@@ -64,7 +64,7 @@ class RecoveryWatch:
         values = row.model_dump(exclude={"step"}, exclude_none=True)
         self.history.log(values, step)
         self.log({f"recovery/{name}": value for name, value in values.items()}, step)
-        for alarm in raised(self.rows(step), self.settings.validation.alarms, SECTION):
+        for alarm in raised(self._trained(step), self.settings.validation.alarms, SECTION):
             logger.warning("step %d, alarm %s: %s", alarm.step, alarm.name, alarm.text)
             self.alert(alarm)
 
@@ -72,9 +72,12 @@ class RecoveryWatch:
         """What was seen in the first `step` steps, in order; a resumed training repeats what came after."""
         return tuple(self._rows[done] for done in sorted(self._rows) if done <= step)
 
+    def _trained(self, step: int) -> tuple[RecoveryRow, ...]:
+        return tuple(row for row in self.rows(step) if row.step > 0)
+
     def alarms(self, step: int) -> tuple[Alarm, ...]:
-        """Every alarm of the first `step` steps."""
-        return all_raised(self.rows(step), self.settings.validation.alarms, SECTION)
+        """Every alarm of the first `step` steps; before any of them it is the plan's damage, not the training's."""
+        return all_raised(self._trained(step), self.settings.validation.alarms, SECTION)
 
 
 def decoder_page(report: DecoderReport) -> str:
@@ -90,7 +93,8 @@ def decoder_page(report: DecoderReport) -> str:
     lines += [
         "",
         f"Decoding one clip: {before.median_ms:.2f} -> {after.median_ms:.2f} ms, "
-        f"{after.median_ms / before.median_ms:.3f} of the time (medians of {before.runs}).",
+        f"{after.median_ms / before.median_ms:.3f} of the time (medians of {before.runs})"
+        f"{'' if (ratio := report.plan.predicted_ratio) is None else f', {ratio:.3f} was predicted'}.",
         "",
         "| step | PSNR dB to the original decoder | SSIM | flicker | flow | hinge |",
         "|---|---|---|---|---|---|",

@@ -120,7 +120,9 @@ def evaluate_rows(
         latency_ratio=latencies["recovered"].median_ms / latencies["teacher"].median_ms,
         recovery=recovery(qualities),
         gallery=gallery,
-        corners=corners(pipeline, compressed, denoisers, made, reference, stages) if compressed else (),
+        corners=corners(pipeline, compressed, denoisers, made, reference, stages, settings.alarms)
+        if compressed
+        else (),
         provenance=provenance,
     )
 
@@ -137,6 +139,7 @@ def corners(
     made: Mapping[str, RowClips],
     reference: Judged,
     stages: Mapping[str, dict[str, Latency]],
+    limits: ClipAlarmSettings,
 ) -> tuple[Corner, ...]:
     """{teacher, recovered} x {original, compressed decoder}, the teacher's own first."""
     flicker = DYNAMICS.index("flicker")
@@ -153,6 +156,7 @@ def corners(
                     quality=compare(made[row].judged, reference),
                     flicker_ratio=float(made[row].dynamics[:, flicker].mean() / shown),
                     stages=stages[row],
+                    alarms=beside_teacher(row, made, limits) if decoder == "compressed" else {},
                 )
             )
     return tuple(found)
@@ -180,6 +184,11 @@ def corners_table(found: Sequence[Corner]) -> list[str]:
             f"| {share(q.content_accuracy)} | {share(q.motion_accuracy)} | {q.content_distance:.2f} "
             f"| {q.motion_distance:.2f} | {corner.flicker_ratio:.3f} |"
         )
+    lines += [
+        f"\n**{alarm}**, {corner.denoiser} with the {corner.decoder} decoder: {text}"
+        for corner in found
+        for alarm, text in corner.alarms.items()
+    ]
     runs = found[0].stages[WHOLE].runs
     note = f"Each denoiser's latents were sampled once and decoded by both decoders. Times: medians of {runs} clips"
     return [*lines, "", f"{note}{'' if runs >= RATIO_RUNS else f'; a speed-up needs {RATIO_RUNS}'}.", ""]
@@ -204,6 +213,11 @@ def row_alarms(name: str, made: dict[str, RowClips], real: Tensor, limits: ClipA
             alarm: f"{fact}; no student can be trusted to be better: take another teacher"
             for alarm, fact in found.items()
         }
+    return beside_teacher(name, made, limits)
+
+
+def beside_teacher(name: str, made: Mapping[str, RowClips], limits: ClipAlarmSettings) -> dict[str, str]:
+    """What is wrong with a row's clips beside the teacher's."""
     beside = ratios(made[name].dynamics, made[TEACHER].dynamics)
     found = collapses(beside, limits, ALARM_KEY, f"the {name} student's")
     return {alarm: f"{fact}; {ADVICE[alarm]}" for alarm, fact in found.items()}

@@ -98,7 +98,8 @@ def generate_rows(
         for name in (name for name in CORNERS if compressed and name in denoisers):
             assert compressed is not None
             with precision(compressed.device, settings):
-                twice = see(compressed.decode(latents[name]), evaluator)
+                decoded = compressed.decode(latents[name])
+            twice = see(decoded.float(), evaluator)  # judged as the other rows are
             judged = verdict(twice.judgement, batches[list(denoisers).index(name)][1])
             more = RowClips(judged, dynamics(twice.clips, twice.flows), _pairs(twice, seen[TEACHER], distances))
             row_name = with_decoder(name)

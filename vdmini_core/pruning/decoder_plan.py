@@ -233,9 +233,3 @@ def describe_decoder_plan(plan: DecoderPlan) -> str:
         whole, left = plan.predicted_ms
         lines.append(f"- predicted: {whole:.2f} -> {left:.2f} ms a clip ({left / whole:.3f})")
     return "\n".join(lines) + "\n"
-
-
-def budget_of(plan: DecoderPlan) -> Mapping[str, float]:
-    """Shares of the original's parameters, FLOPs and predicted time."""
-    found = {"parameters": plan.parameters[1] / plan.parameters[0], "flops": plan.flops[1] / plan.flops[0]}
-    return found if plan.predicted_ratio is None else {**found, "time": plan.predicted_ratio}
