@@ -93,7 +93,7 @@ def carry_out(order: Order, root: Path, logger: Logger) -> None:
     """Fetch the inputs, run the stage or the part, send its results: data first, so that one is whole or absent."""
     params = load_params(root / "params.yaml")
     if inputs := inputs_of(root, order.stage):
-        transfer(["pull", *inputs], root, logger)
+        transfer(["pull", "--force", *inputs], root, logger)  # over what an interrupted stage left here half-written
     shared = with_back_off(lambda: shared_scratch(root, order.stage, params), "opening the remote", logger)
     if shared is None:
         _run(order, root, logger)

@@ -70,7 +70,12 @@ def reproduce(uri: str, root: Path, into: Path | None, start: str, tolerance: fl
         say(
             f"stage {name}: " + (f"{threads} threads" if threads else "threads were not recorded; as this shell has it")
         )
-        _run([*DVC, "repro", "--single-item", name], folder, _environment(folder, threads), f"stage {name!r}")
+        _run(
+            [*DVC, "repro", "--no-run-cache", "--single-item", name],
+            folder,
+            _environment(folder, threads),
+            f"stage {name!r}",
+        )
     return compare(lineage, registered_metrics(uri), folder, tolerance)
 
 

@@ -176,6 +176,15 @@ def test_a_result_that_did_not_arrive_is_an_error_and_never_run_on_the_driver(cl
     assert "distill" not in (clones.driver / "dvc.lock").read_text()
 
 
+def test_half_an_input_of_an_interrupted_stage_gives_way_to_the_whole_one(clones: Clones) -> None:
+    wanted = order(clones)
+    left = clones.workers[0] / "artifacts/prune"
+    left.mkdir(parents=True)
+    (left / "out.txt").write_text("half")
+    carried_out(clones.workers[0], wanted)
+    assert (clones.workers[0] / "artifacts/distill/out.txt").read_text() == "source prune distill"
+
+
 def test_a_worker_that_takes_over_goes_on_from_the_last_whole_checkpoint(clones: Clones) -> None:
     first, second = clones.workers
     (first / "pace").touch()

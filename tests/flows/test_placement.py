@@ -1,7 +1,9 @@
 """Runs of a pool as a driver sees them: lost workers, failures, cancellation, a server that is away, repeated logs."""
 
 import logging
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,7 +13,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 
 from flows import placement
-from flows.deployment import SILENCE_S, lost_workers, worker_command
+from flows.deployment import HEARTBEAT_S, SILENCE_S, lost_workers, worker_command
 from flows.order import Order, Part
 from flows.placement import carry_out, check_pools
 from flows.processes import StageFailed
@@ -175,3 +177,8 @@ def test_an_order_that_is_still_carried_out_is_joined_and_not_given_again(monkey
     assert placement.submit(ORDER.model_copy(update={"params": "distill: {keep: best}"}), "gpu", LOG) != id_
     assert given == ["stage/gpu"]
     assert asked[0] == asked[1] != asked[2]
+
+
+def test_every_flow_of_a_checkout_beats_before_it_is_taken_for_lost() -> None:
+    settings = tomllib.loads((Path(__file__).parents[2] / "prefect.toml").read_text())
+    assert settings["flows"]["heartbeat_frequency"] == HEARTBEAT_S < SILENCE_S / 2
