@@ -288,7 +288,7 @@ class Corner(Record):
     """A denoiser (teacher or recovered) with a decoder (original or compressed): clips of the same latents.
 
     `stages` as in EvaluationRow, of all corners in turn; `flicker_ratio` is to the teacher's with the original decoder.
-    `alarms` as there, for the compressed decoder.
+    `alarms` say what the compressed decoder does to the denoiser's clips.
     """
 
     denoiser: str

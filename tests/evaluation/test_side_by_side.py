@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.tiny import PROVENANCE, write_latents
 from vdmini_core.artifacts import EvaluationReport, Latency
 from vdmini_core.data.latents import LatentCache
-from vdmini_core.evaluation.compare import ROWS, corners_table, evaluate_rows, flat_metrics, summary
+from vdmini_core.evaluation.compare import ROWS, corners_table, decoder_alarms, evaluate_rows, flat_metrics, summary
 from vdmini_core.evaluation.evaluator import Evaluator
 from vdmini_core.evaluation.metrics.paired import cosine_distance, paired, see
 from vdmini_core.evaluation.metrics.pixels import MOST_PSNR, pixel_measures
@@ -184,6 +184,17 @@ def test_the_same_latents_decoded_by_the_same_decoder_twice_are_the_same_clips(
         assert torch.equal(found[with_decoder(name)].judged.content, found[name].judged.content)
         assert torch.equal(found[with_decoder(name)].dynamics, found[name].dynamics)
     assert (found[with_decoder("teacher")].pairs["psnr"] == MOST_PSNR).all()
+
+
+def test_what_a_decoder_does_to_clips_is_said_beside_the_other_decoders(
+    rows: dict[str, RowClips],
+) -> None:
+    still = RowClips(rows["recovered"].judged, rows["recovered"].dynamics * 0, {})
+    made = {**rows, with_decoder("recovered"): still, with_decoder("teacher"): rows["teacher"]}
+    assert decoder_alarms("teacher", made, SETTINGS.alarms) == {}
+    found = decoder_alarms("recovered", made, SETTINGS.alarms)
+    assert set(found) == {"motion_collapse", "solid_colour"}
+    assert all("the compressed decoder's clips" in text and "raise decoder.ratio" in text for text in found.values())
 
 
 def test_four_corners_have_a_decoder_each_and_no_speed_up_from_few_runs(

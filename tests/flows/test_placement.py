@@ -180,5 +180,7 @@ def test_an_order_that_is_still_carried_out_is_joined_and_not_given_again(monkey
 
 
 def test_every_flow_of_a_checkout_beats_before_it_is_taken_for_lost() -> None:
-    settings = tomllib.loads((Path(__file__).parents[2] / "prefect.toml").read_text())
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "prefect.toml").read_text())
     assert settings["flows"]["heartbeat_frequency"] == HEARTBEAT_S < SILENCE_S / 2
+    assert f"PREFECT_FLOWS_HEARTBEAT_FREQUENCY={HEARTBEAT_S}\n" in (root / "deploy/Dockerfile").read_text()

@@ -156,7 +156,7 @@ def corners(
                     quality=compare(made[row].judged, reference),
                     flicker_ratio=float(made[row].dynamics[:, flicker].mean() / shown),
                     stages=stages[row],
-                    alarms=beside_teacher(row, made, limits) if decoder == "compressed" else {},
+                    alarms=decoder_alarms(name, made, limits) if decoder == "compressed" else {},
                 )
             )
     return tuple(found)
@@ -184,11 +184,7 @@ def corners_table(found: Sequence[Corner]) -> list[str]:
             f"| {share(q.content_accuracy)} | {share(q.motion_accuracy)} | {q.content_distance:.2f} "
             f"| {q.motion_distance:.2f} | {corner.flicker_ratio:.3f} |"
         )
-    lines += [
-        f"\n**{alarm}**, {corner.denoiser} with the {corner.decoder} decoder: {text}"
-        for corner in found
-        for alarm, text in corner.alarms.items()
-    ]
+    lines += [f"\n**{alarm}**, {corner.denoiser}: {text}" for corner in found for alarm, text in corner.alarms.items()]
     runs = found[0].stages[WHOLE].runs
     note = f"Each denoiser's latents were sampled once and decoded by both decoders. Times: medians of {runs} clips"
     return [*lines, "", f"{note}{'' if runs >= RATIO_RUNS else f'; a speed-up needs {RATIO_RUNS}'}.", ""]
@@ -213,14 +209,17 @@ def row_alarms(name: str, made: dict[str, RowClips], real: Tensor, limits: ClipA
             alarm: f"{fact}; no student can be trusted to be better: take another teacher"
             for alarm, fact in found.items()
         }
-    return beside_teacher(name, made, limits)
-
-
-def beside_teacher(name: str, made: Mapping[str, RowClips], limits: ClipAlarmSettings) -> dict[str, str]:
-    """What is wrong with a row's clips beside the teacher's."""
     beside = ratios(made[name].dynamics, made[TEACHER].dynamics)
     found = collapses(beside, limits, ALARM_KEY, f"the {name} student's")
     return {alarm: f"{fact}; {ADVICE[alarm]}" for alarm, fact in found.items()}
+
+
+def decoder_alarms(name: str, made: Mapping[str, RowClips], limits: ClipAlarmSettings) -> dict[str, str]:
+    """What is wrong with the clips of a denoiser, by the compressed decoder, beside the same by the original one."""
+    beside = ratios(made[with_decoder(name)].dynamics, made[name].dynamics)
+    found = collapses(beside, limits, ALARM_KEY, "the compressed decoder's", "the original one's")
+    advice = "raise decoder.ratio, or train it longer (decoder.loop.max_steps)"
+    return {alarm: f"{fact}; {advice}" for alarm, fact in found.items()}
 
 
 def with_conditioner(pipeline: Pipeline) -> Pipeline:

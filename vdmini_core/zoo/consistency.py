@@ -22,7 +22,7 @@ from vdmini_core.training.player import Player
 from vdmini_core.zoo.teacher import LatentSet, guided_answer
 
 GUIDANCE = 0.0, 5.0
-"""w is drawn uniformly from here; the base is best between 1.5 and 3."""
+"""w is drawn uniformly from here; of 1.5, 3 and 5 the base was worst with 5."""
 
 
 def solver_levels(process: EpsilonPrediction, steps: int) -> Tensor:
