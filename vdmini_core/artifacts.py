@@ -445,3 +445,8 @@ class DecoderReport(Record):
     curve: tuple[RecoveryRow, ...]
     alarms: tuple[Alarm, ...]
     provenance: Provenance
+
+    @property
+    def time_ratio(self) -> float:
+        """Measured: what decoding a clip takes after recovery, of the original decoder's time."""
+        return self.latencies["recovered"].median_ms / self.latencies["original"].median_ms

@@ -93,7 +93,7 @@ def decoder_page(report: DecoderReport) -> str:
     lines += [
         "",
         f"Decoding one clip: {before.median_ms:.2f} -> {after.median_ms:.2f} ms, "
-        f"{after.median_ms / before.median_ms:.3f} of the time (medians of {before.runs})"
+        f"{report.time_ratio:.3f} of the time (medians of {before.runs})"
         f"{'' if (ratio := report.plan.predicted_ratio) is None else f', {ratio:.3f} was predicted'}.",
         "",
         "| step | PSNR dB to the original decoder | SSIM | flicker | flow | hinge |",
