@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test lint env up down zoo vbench lock clean
+.PHONY: demo test lint env up down zoo vbench cluster lock clean
 
 demo: env  ## the whole recipe on the built-in teacher, a report at the end
 	vdmini run
@@ -48,6 +48,9 @@ vbench:  ## the official VBench in .vbench/, in an environment of its own (CUDA 
 
 lock:  ## write the versions of this environment to requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu//" > requirements.lock
+
+cluster: env  ## what benchmarks/cluster needs besides, from its lock
+	$(BIN)/python -m pip install -q -r requirements-cluster.lock
 
 clean:  ## remove results, keep the environment
 	rm -rf artifacts .scratch/checkpoints .scratch/tracking
