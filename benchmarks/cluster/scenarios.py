@@ -132,7 +132,7 @@ def worker_killed(site: Site) -> Result:
     wait_until(lambda: any(step > at for step in other.steps()), "the other worker's first checkpoint", DONE_S)
     result.recovery_s = time.monotonic() - killed
     finish(site, run, result)
-    log = log_text(site, run)
+    log = log_text([each.id for each in run.on_pool()])
     result.happened = f"kill -9 of worker and training with step {at} in the store; the other took over"
     result.checks["went on from the store"] = "goes on from" in log
     result.checks["lost run is Crashed"] = any(each.state.is_crashed() for each in run.on_pool())
@@ -188,6 +188,7 @@ def s3_down(site: Site) -> Result:
     finish(site, run, result)
     assert result.wall_s is not None
     result.recovery_s = result.wall_s - undisturbed
+    result.checks["transfers met it"] = " failed after " in log_text([run.id, *(each.id for each in run.on_pool())])
     return result
 
 
@@ -354,12 +355,11 @@ def overlap(spans: list[tuple[Any, Any]]) -> bool:
     return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(ordered))
 
 
-def log_text(site: Site, run: Run) -> str:
-    """What the workers logged."""
+def log_text(ids: list[UUID]) -> str:
+    """What these runs logged."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 
-    ids = [each.id for each in run.on_pool()]
     with get_client(sync_client=True) as client:
         rows, offset = [], 0
         while found := client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=ids)), limit=200, offset=offset):

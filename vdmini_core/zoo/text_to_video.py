@@ -31,9 +31,12 @@ SOLVER_STEPS = 8
 
 
 def new_transformer() -> WanTransformer3DModel:
-    """Eight blocks of width 160 over patches of 2 x 2 latents: 9 x 8 x 8 tokens for 9 frames of 64 x 64."""
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
+    """Eight blocks of width 160 over patches of 4 x 4 latents: 9 x 4 x 4 tokens for 9 frames of 64 x 64.
+
+    The network starts by answering its own input.
+    """
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 4, 4),
         num_attention_heads=5,
         attention_head_dim=32,
         in_channels=CAUSAL_CHANNELS,
@@ -44,6 +47,32 @@ def new_transformer() -> WanTransformer3DModel:
         num_layers=8,
         rope_max_seq_len=64,
     )
+    _pass_patches(transformer)
+    return transformer
+
+
+@torch.no_grad()
+def _pass_patches(transformer: WanTransformer3DModel, constant: float = 4.0) -> None:
+    """Lead each patch through the residual stream to the output, next to constants that the last norm divides by.
+
+    At high noise the input is the answer but for the clip, as `_answer_input` has it of the U-Net: after 3,200 clips
+    the loss above sigma 4 is 1.44, and 1.72 from the class's own start.
+    """
+    numbers = transformer.patch_embedding.weight[0].numel()
+    steady = numbers // 4
+    width = len(transformer.patch_embedding.weight)
+    transformer.patch_embedding.weight[: numbers + steady] = 0
+    transformer.patch_embedding.weight[:numbers].flatten(1).fill_diagonal_(1)
+    transformer.patch_embedding.bias[:numbers] = 0
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(steady // 2)
+    transformer.patch_embedding.bias[numbers : numbers + steady] = constant * signs
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    # The embedding reads a patch channel by channel, the output has its places first.
+    places = numbers // CAUSAL_CHANNELS
+    order = torch.arange(numbers).view(CAUSAL_CHANNELS, places).T.flatten()
+    spread = ((numbers + steady * constant**2) / width) ** 0.5
+    transformer.proj_out.weight[torch.arange(numbers), order] = spread
 
 
 def new_text_unet() -> UNet3DConditionModel:
