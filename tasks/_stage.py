@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ T = TypeVar("T")
 STAGES = ("data", "teacher", "encode", "sensitivity", "plan", "prune", "distill", "decoder", "evaluate", "register")
 ARTIFACTS = Path("artifacts")
 SCRATCH = Path(".scratch")
+
+SAME_REQUEST_S = 10.0
+"""Within it a further SIGTERM is the same request: a flow that is stopped signals all it started, and so does each of
+these that started something itself."""
 
 # The last part of the settings, of the stage and of `data`, on which its hunger depends.
 MEMORY_KEYS = ("batch_size", "frames", "size")
@@ -168,11 +173,17 @@ def run_stage(name: str) -> None:
 
 
 def end_on_sigterm(context: Context, *, after_a_checkpoint: bool) -> None:
-    """From now on SIGTERM ends the process: at once, or first lets training save its state; a second one at once."""
+    """From now on SIGTERM ends the process: at once, or first lets training save its state; asked again, at once.
+
+    What comes within SAME_REQUEST_S of the first is not asked again.
+    """
+    first: float | None = None
 
     def stop(number: int, frame: object) -> None:
-        if context.stopping or not after_a_checkpoint:
+        nonlocal first
+        if not after_a_checkpoint or (first is not None and time.monotonic() - first > SAME_REQUEST_S):
             raise SystemExit(128 + number)
+        first = time.monotonic() if first is None else first
         context.stopping = True
 
     signal.signal(signal.SIGTERM, stop)

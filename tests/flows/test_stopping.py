@@ -1,0 +1,105 @@
+"""What a flow that is stopped, or lost, leaves of the stage that it runs."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from flows import services
+from tasks import _stage
+from tasks._stage import SAME_REQUEST_S, Context, end_on_sigterm
+from vdmini_core.settings import DistillSettings, LoopSettings, Params
+
+ROOT = Path(__file__).parents[2]
+PARAMS = Params(distill=DistillSettings(loop=LoopSettings(max_steps=6, batch_size=2)))
+
+# A training whose step takes longer than it takes a flow to tell all it started.
+TRAINING = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from tasks._stage import end_on_sigterm
+context = SimpleNamespace(stopping=False)
+end_on_sigterm(context, after_a_checkpoint=True)
+print("trains", flush=True)
+while not context.stopping:
+    time.sleep(0.05)
+time.sleep(3)
+Path("checkpoint").touch()
+sys.exit(1)
+"""
+# As `python -m flows.order` on a worker: stopped, it stops what it runs.
+ORDER = """
+import logging, signal, sys
+from pathlib import Path
+from flows.processes import run_logged
+def stop(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+run_logged([sys.executable, "training.py"], "training", Path.cwd(), None, logging.getLogger())
+"""
+
+
+def test_a_training_that_is_told_twice_by_the_same_request_saves_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text(TRAINING)
+    values = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", ORDER],
+        cwd=tmp_path,
+        env=values,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as order:
+        assert order.stdout is not None
+        assert any("trains" in line for line in order.stdout)
+        created = psutil.Process(order.pid).create_time()
+        # The flow tells the order and the training, and the order, as it ends, tells the training again.
+        assert services.end_tree(order.pid, created) == 2
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_who_asks_again_later_is_not_made_to_wait_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(_stage, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    before = signal.getsignal(signal.SIGTERM)
+    context = Context("distill", PARAMS, SimpleNamespace(), torch.device("cpu"))
+    try:
+        end_on_sigterm(context, after_a_checkpoint=True)
+        for later in (0.0, SAME_REQUEST_S - 1):
+            now[0] = 100.0 + later
+            signal.raise_signal(signal.SIGTERM)
+            assert context.should_stop()
+        now[0] = 101.0 + SAME_REQUEST_S
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_ctrl_c_ends_what_still_saves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deaf.py").write_text(
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(300)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "deaf.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "on\n"
+
+        def pressed(seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(services.time, "sleep", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            services.end_tree(child.pid, psutil.Process(child.pid).create_time())
+        monkeypatch.undo()
+        assert child.wait(5) == -signal.SIGKILL
