@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from flows.run_lock import inherited
 from flows.services import end_tree
 from tasks._tracking import PARENT_VARIABLE
 
@@ -49,6 +50,7 @@ def run_logged(
 ) -> None:
     """Run a command, its output live in `logger` and every line in `note`; whatever stops us stops it too.
 
+    It shares the lock of `root`, if there is one: what outlives a flow that was killed still keeps others out.
     Raises StageFailed, which calls it `name`, if the command fails.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -64,6 +66,7 @@ def run_logged(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=inherited(root),
     )
     created = psutil.Process(process.pid).create_time()
     assert process.stdout is not None

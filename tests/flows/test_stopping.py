@@ -1,9 +1,12 @@
 """What a flow that is stopped, or lost, leaves of the stage that it runs."""
 
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from flows import services
+from flows import run_lock, services
 from tasks import _stage
 from tasks._stage import SAME_REQUEST_S, Context, end_on_sigterm
 from vdmini_core.settings import DistillSettings, LoopSettings, Params
@@ -103,3 +106,54 @@ def test_a_second_ctrl_c_ends_what_still_saves_its_state(tmp_path: Path, monkeyp
             services.end_tree(child.pid, psutil.Process(child.pid).create_time())
         monkeypatch.undo()
         assert child.wait(5) == -signal.SIGKILL
+
+
+# A flow at a stage of DVC, which waits for the file `go`.
+FLOW = """
+import logging, sys
+from pathlib import Path
+from flows.processes import run_logged
+from flows.run_lock import hold
+log, root = logging.getLogger(), Path.cwd()
+with hold(root, "a run", log):
+    run_logged([sys.executable, "-m", "dvc", "repro", "-q", "slow"], "slow", root, None, log)
+"""
+SLOW = """
+import os, time
+from pathlib import Path
+Path("pid.scratch").write_text(str(os.getpid()))
+while not Path("go").exists():
+    time.sleep(0.05)
+Path("out").touch()
+"""
+
+
+def test_a_folder_stays_held_until_what_a_killed_flow_started_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "dvc.yaml").write_text(f"stages: {{slow: {{cmd: exec {sys.executable} slow.py, outs: [out]}}}}")
+    (tmp_path / "slow.py").write_text(SLOW)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    flow = subprocess.Popen([sys.executable, "-c", FLOW], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    pid, deadline = tmp_path / "pid.scratch", time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text()):
+        assert flow.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    training = psutil.Process(int(pid.read_text()))
+    flow.kill()
+    flow.wait()
+    how = rf"process {flow.pid}, which is gone, but what it started still works: .* `kill {training.pid}`"
+    with pytest.raises(RuntimeError, match=how), run_lock.hold(tmp_path, "a worker", logging.getLogger()):
+        pass
+
+    def looked(seconds: float) -> None:
+        (tmp_path / "go").touch()
+        time.sleep(0.1)
+
+    monkeypatch.setattr(run_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=looked))
+    with caplog.at_level(logging.WARNING), run_lock.hold(tmp_path, "a run", logging.getLogger()):
+        assert (tmp_path / "out").exists()
+        assert not training.is_running()
+    assert re.search(how, caplog.text)
+    assert run_lock.inherited(tmp_path) == ()
