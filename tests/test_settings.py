@@ -96,6 +96,11 @@ def test_the_schema_names_every_section_of_the_file() -> None:
         (MINIMAL + "resources: {plan: {launcher: accelerate}}\n", "resources: only distill runs in several processes"),
         (MINIMAL + "resources: {distill: {nodes: 2}}\n", "resources: several nodes need a launcher"),
         (MINIMAL + "resources: {sensitivity: {parts: 2}}\n", "resources: only sensitivity, on a pool, has parts"),
+        (
+            MINIMAL + "resources: {register: {pool: gpu}}\n",
+            "set register.pool to local. Pools are for data, teacher, encode, sensitivity, plan, prune, distill, "
+            "decoder, evaluate",
+        ),
         ("- a list\n", "(whole file): "),
         ("", "(whole file): "),
     ],

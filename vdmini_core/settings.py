@@ -409,6 +409,11 @@ def _placeable(resources: dict[str, Resources]) -> dict[str, Resources]:
     for name, wanted in resources.items():
         if name not in stages:
             raise _contradiction(f"there is no stage {name}; there are {', '.join(stages)}")
+        if name == "register" and wanted.pool != LOCAL:
+            raise _contradiction(
+                "register records what every stage left in this folder, of which a worker has a part; set "
+                f"register.pool to {LOCAL}. Pools are for {', '.join(other for other in stages if other != name)}"
+            )
         if wanted.launcher != "none" and name != "distill":
             raise _contradiction(f"only distill runs in several processes; set {name}.launcher to none")
         if wanted.nodes > 1 and wanted.launcher == "none":
