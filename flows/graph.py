@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 
 from flows.processes import Logger, StageFailed, run_logged
-from flows.transfers import LOST, TransferFailed
+from flows.transfers import LOST, TRANSPORT, TransferFailed
 from vdmini_core.artifacts import json_digest
 
 Result = Literal["ran", "placed", "restored", "skipped"]
@@ -66,7 +66,7 @@ def restore(name: str, root: Path, logger: Logger) -> Result | None:
     """Skip a stage or restore its result, from the remote if need be; None where DVC would have to run it.
 
     Where DVC would run the stage it is given a shell that runs nothing, and is stopped. Raises TransferFailed where
-    the remote cannot be asked.
+    the remote cannot be asked, which may pass, and StageFailed for wrong input, which does not.
     """
     results: list[Result] = []
     lost: list[str] = []
@@ -90,8 +90,10 @@ def restore(name: str, root: Path, logger: Logger) -> Result | None:
             raise TransferFailed(f"the remote could not be asked for {name!r}:\n" + "\n".join(lost)) from None
         return None
     except StageFailed as error:
-        raise TransferFailed(str(error)) from None
-    return results[0]
+        if any(text in line for text in TRANSPORT for line in [*lost, str(error)]):
+            raise TransferFailed(str(error)) from None
+        raise
+    return results[0] if results else "skipped"  # DVC names no stage whose source file is missing and result is not
 
 
 def repro_command(name: str) -> list[str]:

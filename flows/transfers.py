@@ -35,7 +35,10 @@ PERMANENT = (
     "not our ref",
     "does not appear to be a git repository",
     "is supported, but requires",
+    "is not supported for",
 )
+TRANSPORT = ("unexpected error", "failed to transfer", "files failed to", "Failed to pull run cache")
+"""How DVC tells of a storage that did not answer; it words its own errors, those of wrong input, otherwise."""
 # DVC logs an entry of the run-cache that did not arrive, and ends with success.
 LOST = ("ERROR: ", "WARNING: Failed to pull run cache")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import placement, run_lock, transfers
+from flows import graph, placement, transfers
 from flows.deployment import deploy
 from flows.full import vdmini
 from flows.graph import inputs_of, restore
@@ -69,6 +69,15 @@ if name == "distill":
 target = pathlib.Path("artifacts") / name
 target.mkdir(parents=True)
 (target / "out.txt").write_text(f"{text} {name}")
+"""
+# A dvc.lock by which prune is up to date, and its result is nowhere.
+LOST_INPUT = """
+schema: '2.0'
+stages:
+  prune:
+    cmd: python step.py prune source.txt
+    deps: []
+    outs: [{path: artifacts/prune, hash: md5, md5: 00000000000000000000000000000000.dir}]
 """
 
 
@@ -315,27 +324,41 @@ def test_a_transfer_is_tried_again_and_wrong_input_is_not(monkeypatch: pytest.Mo
         with_back_off(action, "push", LOG, patience_s=0.5)
 
 
-def test_a_folder_has_one_run_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    program = "import logging, pathlib, sys, time; from flows.run_lock import hold\n"
-    program += "with hold(pathlib.Path('.'), 'a run', logging.getLogger()): print('held', flush=True); time.sleep(3)"
-    values = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, env=values, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        told = pytest.raises(RuntimeError, match="cannot serve a worker as well; a worker needs a clone of its own")
-        with told, run_lock.hold(tmp_path, "a worker", LOG):
-            pass
-        with caplog.at_level(logging.WARNING), run_lock.hold(tmp_path, "a run", LOG):
-            assert other.poll() is not None or other.wait(5) == 0
-    assert f"a run of process {other.pid}; waiting for its end" in caplog.text
-
-
 def test_what_is_up_to_date_or_in_the_cache_needs_no_worker(clones: Clones) -> None:
     assert restore("prune", clones.driver, LOG) == "skipped"
     (clones.driver / "artifacts/prune/out.txt").unlink()
     assert restore("prune", clones.driver, LOG) == "restored"
+    (clones.driver / "source.txt").unlink()
+    assert restore("prune", clones.driver, LOG) == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "text", "message"),
+    [
+        ("pruned", "ignored.scratch", "", "Stage 'pruned' not found"),
+        ("prune", "dvc.lock", "schema: [", "'./dvc.lock' is invalid"),
+        ("prune", ".dvc/config", "[core]\nremote = moon\n", "remote 'moon' doesn't exist"),
+        ("distill", "dvc.lock", LOST_INPUT, "neither locally nor on remote"),
+    ],
+)
+def test_wrong_input_of_a_driver_is_not_tried_again(
+    clones: Clones, monkeypatch: pytest.MonkeyPatch, stage: str, file: str, text: str, message: str
+) -> None:
+    (clones.driver / file).write_text(text)
+    shutil.rmtree(clones.driver / "artifacts/prune")
+    monkeypatch.setattr(transfers.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+    with pytest.raises(StageFailed, match=message):
+        placement.place(stage, clones.driver, None, LOG)
+
+
+def test_a_storage_that_does_not_answer_a_driver_is_tried_again(
+    clones: Clones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = 'ERROR: unexpected error - Could not connect to the endpoint URL: "http://127.0.0.1:9/b/runs"'
+    program = f"import sys; print({told!r}); sys.exit(255)"
+    monkeypatch.setattr(graph, "repro_command", lambda name: [sys.executable, "-c", program])
+    with pytest.raises(TransferFailed, match="Could not connect"):
+        restore("prune", clones.driver, LOG)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a flow that is stopped, or lost, leaves of the stage that it runs."""
+"""What a flow that is stopped, or lost, leaves of the stage that it runs, and who gets the folder after it."""
 
 import logging
 import os
@@ -106,6 +106,23 @@ def test_a_second_ctrl_c_ends_what_still_saves_its_state(tmp_path: Path, monkeyp
             services.end_tree(child.pid, psutil.Process(child.pid).create_time())
         monkeypatch.undo()
         assert child.wait(5) == -signal.SIGKILL
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    program = "import logging, pathlib, sys, time; from flows.run_lock import hold\n"
+    program += "with hold(pathlib.Path('.'), 'a run', logging.getLogger()): print('held', flush=True); time.sleep(3)"
+    values = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=values, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        told = pytest.raises(RuntimeError, match="cannot serve a worker as well; a worker needs a clone of its own")
+        with told, run_lock.hold(tmp_path, "a worker", logging.getLogger()):
+            pass
+        with caplog.at_level(logging.WARNING), run_lock.hold(tmp_path, "a run", logging.getLogger()):
+            assert other.poll() is not None or other.wait(5) == 0
+    assert f"a run of process {other.pid}; waiting for its end" in caplog.text
 
 
 # A flow at a stage of DVC, which waits for the file `go`.
