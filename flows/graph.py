@@ -58,38 +58,37 @@ def repro(name: str, root: Path, parent_run_id: str | None, logger: Logger) -> R
     return results[0] if results else "ran"
 
 
-class NotThere(Exception):
-    """A stage's result is neither in DVC's cache nor in the remote."""
-
-
 def restore(name: str, root: Path, logger: Logger) -> Result | None:
     """Skip a stage or restore its result, from the remote if need be; None where DVC would have to run it.
 
-    Where DVC would run the stage it is given a shell that runs nothing, and is stopped. Raises TransferFailed where
-    the remote cannot be asked, which may pass, and StageFailed for wrong input, which does not.
+    Where DVC would run the stage it is given a shell that runs nothing, at which it fails by itself: stopped at the
+    wrong moment it leaves a lock that no later command can read. Raises TransferFailed where the remote cannot be
+    asked, which may pass, and StageFailed for wrong input, which does not.
     """
     results: list[Result] = []
     lost: list[str] = []
 
-    def stop_at_run(result: Result) -> None:
+    def found(result: Result) -> None:
         results.append(result)
         if result == "ran":
-            raise NotThere
+            logger.info("the result of %s is not to be had; DVC's next words say that its command was not run", name)
 
-    note_result = results_of(name, stop_at_run)
+    note_result = results_of(name, found)
 
     def note(line: str) -> None:
-        lost.extend([line] if line.startswith(LOST) else [])
+        if "ran" not in results:
+            lost.extend([line] if line.startswith(LOST) else [])
         note_result(line)
 
     try:
         command = ["env", "SHELL=false", *repro_command(name), "--pull"]
         run_logged(command, f"restoring {name!r}", root, None, logger, note)
-    except NotThere:
-        if lost:
-            raise TransferFailed(f"the remote could not be asked for {name!r}:\n" + "\n".join(lost)) from None
-        return None
     except StageFailed as error:
+        if "ran" in results:
+            if lost:
+                problem = f"the remote could not be asked for {name!r}:\n" + "\n".join(lost)
+                raise TransferFailed(problem) from None
+            return None
         if any(text in line for text in TRANSPORT for line in [*lost, str(error)]):
             raise TransferFailed(str(error)) from None
         raise

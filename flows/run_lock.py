@@ -43,6 +43,7 @@ def hold(root: Path, what: str, logger: "Logger") -> Iterator[None]:
             said = time.monotonic()
         time.sleep(LOOK_EVERY_S)
     with stream:
+        forget_torn_rwlock(root, logger)
         stream.truncate(0)
         stream.write(json.dumps({"pid": os.getpid(), "what": what}))
         stream.flush()
@@ -51,6 +52,25 @@ def hold(root: Path, what: str, logger: "Logger") -> Iterator[None]:
             yield  # closing the file ends our part of the lock
         finally:
             del os.environ[DESCRIPTOR]
+
+
+def forget_torn_rwlock(root: Path, logger: "Logger") -> None:
+    """Remove DVC's list of who reads and writes what where a process was killed at writing it.
+
+    DVC writes it in place, reads a torn one no more and fails at every command. Its own lock around the file is held
+    meanwhile, so that nobody is just writing.
+    """
+    folder = root / ".dvc" / "tmp"
+    if not (file := folder / "rwlock").is_file():
+        return
+    from dvc.lock import make_lock
+
+    with make_lock(str(folder / "rwlock.lock"), tmp_dir=str(folder)):
+        try:
+            json.loads(file.read_text())
+        except json.JSONDecodeError:
+            file.unlink()
+            logger.warning("removed %s, which a DVC process that was killed had left unreadable", file)
 
 
 def inherited(root: Path) -> tuple[int, ...]:

@@ -332,6 +332,16 @@ def test_what_is_up_to_date_or_in_the_cache_needs_no_worker(clones: Clones) -> N
     assert restore("prune", clones.driver, LOG) == "skipped"
 
 
+def test_what_cannot_be_restored_is_not_run_and_dvc_is_not_stopped(
+    clones: Clones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.processes.end_tree", lambda *process: pytest.fail("DVC is stopped"))
+    ran = (clones.driver / "ran-distill.scratch").is_file()
+    assert restore("distill", clones.driver, LOG) is None
+    assert (clones.driver / "ran-distill.scratch").is_file() == ran
+    assert restore("prune", clones.driver, LOG) == "skipped"
+
+
 @pytest.mark.parametrize(
     ("stage", "file", "text", "message"),
     [

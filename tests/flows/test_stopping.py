@@ -174,3 +174,15 @@ def test_a_folder_stays_held_until_what_a_killed_flow_started_has_ended(
         assert not training.is_running()
     assert re.search(how, caplog.text)
     assert run_lock.inherited(tmp_path) == ()
+
+
+def test_a_lock_that_a_killed_dvc_left_unreadable_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torn = tmp_path / ".dvc/tmp/rwlock"
+    torn.parent.mkdir(parents=True)
+    torn.write_text("")
+    with caplog.at_level(logging.WARNING), run_lock.hold(tmp_path, "a run", logging.getLogger()):
+        assert not torn.exists()
+    assert "left unreadable" in caplog.text
+    torn.write_text('{"read": {}, "write": {}}')
+    with run_lock.hold(tmp_path, "a run", logging.getLogger()):
+        assert torn.read_text() == '{"read": {}, "write": {}}'
