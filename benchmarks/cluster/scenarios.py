@@ -72,8 +72,8 @@ class Run:
 
 
 def reference(site: Site) -> dict[str, Any]:
-    """The weights and the time of the same recipe in place, undisturbed; kept beside the site."""
-    file = site.folder / "reference.json"
+    """The weights and the time of the same recipe in place, undisturbed; kept beside what is prepared."""
+    file = site.prepared / "reference.json"
     if not file.is_file():
         site.begin("in-place", {})
         run = Run(site)
@@ -300,7 +300,7 @@ def disk_full(site: Site) -> Result:
 def fan_out(site: Site) -> Result:
     """The units of sensitivity over two workers, beside one process's answer."""
     result = Result("fan-out")
-    file = site.folder / "serial.json"
+    file = site.prepared / "serial.json"
     if not file.is_file():
         site.begin("serial", {}, without=("sensitivity", "plan", "prune"))
         run = Run(site, "sensitivity")

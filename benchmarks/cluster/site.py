@@ -44,6 +44,8 @@ class Site:
         self.ports = {name: free_port() for name in ("postgres", "s3", "proxy", "prefect", "mlflow")}
         self.services: dict[str, Service] = {}
         self.scenario = "setup"
+        # What is made once is made anew for other code.
+        self.prepared = folder / run(["git", "rev-parse", "HEAD"], repository).strip()[:12]
 
     def start(self) -> None:
         """Servers, clones, deployments, and the driver's worker; the pool has none yet."""
@@ -137,12 +139,11 @@ class Site:
 
     def _prepare(self) -> None:
         """All that distill needs, made once in the driver and kept beside it."""
-        kept = self.folder / "prepared"
-        if not kept.is_dir():
+        if not (self.prepared / "dvc.lock").is_file():
             self.driver.call("-m", "dvc", "repro", "prune")
             for name in ("artifacts", ".dvc/cache"):
-                shutil.copytree(self.driver.folder / name, kept / name)
-            shutil.copy(self.driver.folder / "dvc.lock", kept / "dvc.lock")
+                shutil.copytree(self.driver.folder / name, self.prepared / name, dirs_exist_ok=True)
+            shutil.copy(self.driver.folder / "dvc.lock", self.prepared / "dvc.lock")
 
     def begin(self, scenario: str, resources: dict[str, Any], without: tuple[str, ...] = ()) -> None:
         """Everything is made but distill, and `without`; nothing is left of scenarios before."""
@@ -151,10 +152,9 @@ class Site:
         for clone in (self.driver, *self.workers):
             clone.forget()
             clone.remote_is(f"s3://{BUCKET}/{scenario}")
-        kept = self.folder / "prepared"
         for name in ("artifacts", ".dvc/cache"):
-            shutil.copytree(kept / name, self.driver.folder / name)
-        lock = yaml.safe_load((kept / "dvc.lock").read_text())
+            shutil.copytree(self.prepared / name, self.driver.folder / name)
+        lock = yaml.safe_load((self.prepared / "dvc.lock").read_text())
         for name in without:
             del lock["stages"][name]
             shutil.rmtree(self.driver.folder / "artifacts" / name)
