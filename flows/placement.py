@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
 )
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -39,6 +39,7 @@ LIVING = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
 LOST_WORKERS = 3  # of one order, before it is given up
 LOOK_EVERY_S = 2.0
 START_PATIENCE_S = 600.0  # of a run that a worker took but does not start: it is lost without a heartbeat
+QUEUE_PATIENCE_S = 86400.0  # of one that is a job of a cluster, which may wait for a node: no sign of it until it runs
 FAREWELL_S = 15.0
 LOGS_AT_ONCE = 200
 
@@ -171,7 +172,7 @@ class Watch:
     def look(self, id_: UUID) -> State[Any] | None:
         """The state of a run, or None while the server does not answer: the worker goes on meanwhile."""
         try:
-            state = self.client.read_flow_run(id_).state
+            run = self.client.read_flow_run(id_)
             self._repeat_logs(id_)
         except ObjectNotFound:
             raise StageFailed(f"run {id_} was deleted in Prefect") from None
@@ -183,7 +184,7 @@ class Watch:
         if self._silent:
             self.logger.info("Prefect answers again")
             self._silent = False
-        return None if state is None else self._started_in_time(id_, state)
+        return None if run.state is None else self._started_in_time(id_, run.state, start_patience_s(run))
 
     def _repeat_logs(self, id_: UUID) -> None:
         about = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[id_]))
@@ -196,15 +197,25 @@ class Watch:
             if len(rows) < LOGS_AT_ONCE:
                 return
 
-    def _started_in_time(self, id_: UUID, state: State[Any]) -> State[Any]:
+    def _started_in_time(self, id_: UUID, state: State[Any], patience_s: float) -> State[Any]:
         name, since = self._since.get(id_, ("", 0.0))
         if state.name != name:
             self._since[id_] = (str(state.name), time.monotonic())
             self.logger.info("%s", f"run {str(id_)[:8]} is {state.name}")
-        elif state.type == StateType.PENDING and time.monotonic() - since > START_PATIENCE_S:
-            text = f"taken by a worker {START_PATIENCE_S:.0f} s ago, and not started"
+        elif state.type == StateType.PENDING and time.monotonic() - since > patience_s:
+            text = f"taken by a worker {patience_s:.0f} s ago, and not started"
             return self.client.set_flow_run_state(id_, Crashed(message=text), force=True).state or state
         return state
+
+
+def start_patience_s(run: FlowRun) -> float:
+    """How long a run may be pending.
+
+    A worker that is lost before it made a cluster's job leaves nothing to wait for; its own host has no queue.
+    """
+    type_ = run.labels.get("prefect.worker.type", "process")
+    is_job = run.infrastructure_pid is not None and type_ not in ("process", "docker")
+    return QUEUE_PATIENCE_S if is_job else START_PATIENCE_S
 
 
 def cancel(client: SyncPrefectClient, runs: Iterable[UUID], logger: Logger) -> None:

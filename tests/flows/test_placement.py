@@ -31,6 +31,7 @@ class FakeServer:
     def __init__(self, *lives: list[Any]) -> None:
         self.lives, self.left = list(lives), dict[UUID, list[Any]]()
         self.rows = list[str]()
+        self.labels, self.infrastructure_pid = {"prefect.worker.type": "process"}, "box:1"
         self.cancelled = list[UUID]()
 
     def __enter__(self) -> "FakeServer":
@@ -49,7 +50,7 @@ class FakeServer:
         state = states.pop(0) if len(states) > 1 else states[0]
         if isinstance(state, BaseException):
             raise state
-        return SimpleNamespace(state=state)
+        return SimpleNamespace(state=state, labels=self.labels, infrastructure_pid=self.infrastructure_pid)
 
     def read_logs(self, about: Any, limit: int, offset: int, sort: Any) -> list[Any]:
         return [SimpleNamespace(level=logging.INFO, message=text) for text in self.rows[offset : offset + limit]]
@@ -120,6 +121,18 @@ def test_a_run_that_was_taken_and_never_starts_is_lost(server: Server, monkeypat
     monkeypatch.setattr(placement, "START_PATIENCE_S", 0.0)
     server([Pending()], [Completed()])
     carry_out([ORDER], "gpu", LOG)
+
+
+@pytest.mark.parametrize(("made", "ordered"), [(None, 2), ("vdmini:stage-1", 1)])
+def test_a_job_that_waits_for_a_node_is_waited_for_once_it_is_made(
+    server: Server, monkeypatch: pytest.MonkeyPatch, made: str | None, ordered: int
+) -> None:
+    monkeypatch.setattr(placement, "START_PATIENCE_S", 0.0)
+    fake = server([*[Pending()] * 9, Running(), Completed()], [Completed()])
+    fake.labels, fake.infrastructure_pid = {"prefect.worker.type": "kubernetes"}, made
+    carry_out([ORDER], "gpu", LOG)
+    assert len(fake.lives) == 2 - ordered
+    assert placement.QUEUE_PATIENCE_S == 24 * 3600
 
 
 def test_a_pool_without_a_deployment_is_refused_before_anything_runs(prefect_server: str) -> None:
