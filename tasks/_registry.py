@@ -8,8 +8,9 @@ for a model, or to publish one, and doing nothing would be a lie.
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,27 @@ def find_version(uri: str) -> Any:
         raise ValueError(f"expected models:/<name>@<alias> or models:/<name>/<version>, got {uri!r}")
     name, alias, number = match.groups()
     with _registry() as client:
-        models = {model.name: model for model in client.search_registered_models()}
+        models = {model.name: model for model in _all_pages(client.search_registered_models)}
         if name not in models:
             raise LookupError(f"{uri}: no model {name!r} at {tracking_uri()}; there are: {_names(models)}")
-        versions = {str(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
+        found = _all_pages(partial(client.search_model_versions, f"name = '{name}'"))
+        versions = {str(version.version): version for version in found}
         aliases = {key: str(value) for key, value in (models[name].aliases or {}).items()}
         wanted = aliases.get(alias) if alias else number
         if wanted not in versions:
             known = f"aliases {_names(aliases)}; versions {_names(versions)}"
             raise LookupError(f"{uri}: no such version at {tracking_uri()}; {name!r} has {known}")
         return versions[wanted]
+
+
+def _all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """What a search of MLflow's finds, of which an answer holds a page only."""
+    token: str | None = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def model_tags(uri: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The model registry, against a real sqlite file."""
 
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_what_is_not_registered_is_answered_with_what_is(store: MlflowClient, tm
         resolve_model("models:/known/9")
     with pytest.raises(ValueError, match="expected models:/<name>@<alias>"):
         resolve_model("known@champion")
+
+
+def test_a_model_is_found_behind_as_many_as_one_answer_holds(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "the-last", "the-last"):
+        register_model(name, "champion", tmp_path, {}, {})
+    for search in ("search_registered_models", "search_model_versions"):
+        monkeypatch.setattr(MlflowClient, search, partialmethod(getattr(MlflowClient, search), max_results=1))
+    for uri in ("models:/the-last/1", "models:/the-last@champion"):
+        assert resolve_model(uri) == tmp_path
 
 
 def test_a_dead_registry_says_how_to_start_it(dead_server: None, tmp_path: Path) -> None:
