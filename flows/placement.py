@@ -1,12 +1,13 @@
 """A stage on a work pool, as its driver sees it: inputs out, an order to a worker, results back.
 
-The driver never runs such a stage itself. A run whose worker is lost (CRASHED) is ordered again; one that failed is
-not, because the same input would fail again.
+The driver never runs such a stage itself. A run whose worker is lost (CRASHED) is ordered again, up to LOST_WORKERS
+times without anything new to go on from; one that failed is not, because the same input would fail again.
 """
 
 import contextlib
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -29,14 +30,14 @@ from prefect.states import Cancelling, Crashed
 from flows.graph import Result, inputs_of, restore
 from flows.order import Order, Part, order_of
 from flows.processes import Logger, StageFailed
-from flows.shared_scratch import shared_scratch
+from flows.shared_scratch import SharedScratch, shared_scratch
 from flows.transfers import TransferFailed, transfer, with_back_off
 from vdmini_core.artifacts import json_digest
 from vdmini_core.settings import load_params
 
 FLOW = "stage"
 LIVING = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
-LOST_WORKERS = 3  # of one order, before it is given up
+LOST_WORKERS = 3  # of one order since the last checkpoint that it sent, before it is given up
 LOOK_EVERY_S = 2.0
 START_PATIENCE_S = 600.0  # of a run that a worker took but does not start: it is lost without a heartbeat
 QUEUE_PATIENCE_S = 86400.0  # of one that is a job of a cluster, which may wait for a node: no sign of it until it runs
@@ -71,12 +72,13 @@ def place(name: str, root: Path, parent_run_id: str | None, logger: Logger) -> R
     order = order_of(name, root, parent_run_id, logger)
     if inputs := inputs_of(root, name):
         transfer(["push", *inputs], root, logger)
+    shared = with_back_off(lambda: shared_scratch(root, name, params), "opening the remote", logger)
     if resources.parts > 1:
         rounds = -(-params.sensitivity.clips // params.sensitivity.batch_size)
         for round_ in range(rounds):
             parts = [Part(index=index, of=resources.parts, round=round_) for index in range(resources.parts)]
-            carry_out([order.model_copy(update={"part": part}) for part in parts], resources.pool, logger)
-    carry_out([order], resources.pool, logger)
+            carry_out([order.model_copy(update={"part": part}) for part in parts], resources.pool, logger, shared)
+    carry_out([order], resources.pool, logger, shared)
     return fetch(name, root, logger)
 
 
@@ -97,31 +99,56 @@ def fetch(name: str, root: Path, logger: Logger) -> Result:
     return "placed"
 
 
-def carry_out(orders: list[Order], pool: str, logger: Logger) -> None:
+def carry_out(orders: list[Order], pool: str, logger: Logger, shared: SharedScratch | None = None) -> None:
     """Have orders carried out, side by side; whatever stops us cancels them.
 
-    Orders of lost workers are given out again. Raises StageFailed when one fails or is cancelled.
+    Orders of lost workers are given out again; `shared` tells which of these got on, None where a stage keeps nothing.
+    Raises StageFailed when one fails or is cancelled.
     """
     with get_client(sync_client=True) as client:
-        watch, runs = Watch(client, logger), dict[UUID, tuple[Order, int]]()
+        watch, runs = Watch(client, logger), dict[UUID, Given]()
         try:
+            saved = saved_in(shared)
             for order in orders:
-                runs[submit(order, pool, logger)] = order, 0
+                runs[submit(order, pool, logger)] = Given(order, saved)
             while runs:
                 time.sleep(LOOK_EVERY_S)
-                for id_, (order, lost) in list(runs.items()):
+                for id_, given in list(runs.items()):
                     state = watch.look(id_)
                     if state is None or not state.is_final():
                         continue
                     del runs[id_]
-                    if state.is_crashed() and lost < LOST_WORKERS:
-                        logger.warning("the worker of %s was lost (%s); ordered again", title(order), state.message)
-                        runs[submit(order, pool, logger)] = order, lost + 1
+                    again = given.after_loss(saved_in(shared)) if state.is_crashed() else given
+                    name = title(given.order)
+                    if state.is_crashed() and again.lost <= LOST_WORKERS:
+                        logger.warning("the worker of %s was lost (%s); ordered again", name, state.message)
+                        runs[submit(given.order, pool, logger)] = again
                     elif not state.is_completed():
-                        raise StageFailed(f"{title(order)} on pool {pool}: {state.name}: {state.message}")
+                        raise StageFailed(f"{name} on pool {pool}: {state.name}: {state.message}")
         except BaseException:
             cancel(client, runs, logger)
             raise
+
+
+@dataclass(frozen=True)
+class Given:
+    """An order that was given out, what its stage had saved by then, and how many workers were lost since that grew."""
+
+    order: Order
+    saved: frozenset[str]
+    lost: int = 0
+
+    def after_loss(self, saved: frozenset[str]) -> "Given":
+        """The same order, given out again."""
+        got_on = not saved <= self.saved
+        return Given(self.order, self.saved | saved, 1 if got_on else self.lost + 1)
+
+
+def saved_in(shared: SharedScratch | None) -> frozenset[str]:
+    """What another worker could go on from; nothing while the remote does not answer, which is then no progress."""
+    with contextlib.suppress(TransferFailed):
+        return frozenset() if shared is None else shared.saved()
+    return frozenset()
 
 
 def title(order: Order) -> str:

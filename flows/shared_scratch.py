@@ -77,6 +77,11 @@ class SharedScratch:
                 self._fetch(name)
             return len(missing)
 
+    def saved(self) -> frozenset[str]:
+        """Names of what is there; a stage that gets on adds some."""
+        with _as_transfer(f"looking into {self.base}"):
+            return frozenset(self._there())
+
     def clear(self) -> None:
         """Remove all of it from the remote: the stage is done."""
         with _as_transfer(f"removing {self.base}"):

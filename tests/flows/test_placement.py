@@ -17,6 +17,7 @@ from flows.deployment import HEARTBEAT_S, SILENCE_S, lost_workers, worker_comman
 from flows.order import Order, Part
 from flows.placement import carry_out, check_pools
 from flows.processes import StageFailed
+from flows.transfers import TransferFailed
 from tasks._launch import launch_command
 from vdmini_core.settings import Resources
 
@@ -86,6 +87,27 @@ def test_orders_are_not_given_out_for_ever(server: Server) -> None:
     fake = server(*[[Crashed(message="no heartbeat")] for _ in range(placement.LOST_WORKERS + 2)])
     with pytest.raises(StageFailed, match="distill on pool gpu: Crashed: no heartbeat"):
         carry_out([ORDER], "gpu", LOG)
+    assert len(fake.lives) == 1
+
+
+def test_a_worker_that_got_on_before_it_was_lost_costs_no_attempt(server: Server) -> None:
+    """As runs of a training that is longer than a cluster's time limit: each leaves a checkpoint."""
+    crash = [Crashed(message="no heartbeat")]
+    looks = iter([0, 8, 8, 8, 16, 16, 24, None, 24])  # as it begins, and at each loss; None: no answer
+
+    class Store:
+        def saved(self) -> frozenset[str]:
+            if (step := next(looks)) is None:
+                raise TransferFailed("connection refused")
+            return frozenset({f"one/step-{step}/checkpoint.json"})
+
+    fake = server(*[crash] * 8, [Completed()])
+    carry_out([ORDER], "gpu", LOG, Store())
+    assert fake.lives == []
+    fake = server(*[crash] * 5)
+    looks = iter([24, 24, None, 24, 24])
+    with pytest.raises(StageFailed, match="no heartbeat"):
+        carry_out([ORDER], "gpu", LOG, Store())
     assert len(fake.lives) == 1
 
 
