@@ -21,6 +21,7 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export VDMINI_GRACE_S=90 # as long as `stop` waits for a run
 
 .venv/bin/vdmini worker --pool "$VDMINI_POOL" &
 worker=$!
@@ -30,7 +31,7 @@ worker=$!
 # shellcheck disable=SC2329 # called by the trap
 stop() {
     pkill -TERM -P "$worker" || true
-    for _ in {1..90}; do
+    for ((waited = 0; waited < VDMINI_GRACE_S; waited++)); do
         pgrep -P "$worker" >/dev/null || break
         sleep 1
     done

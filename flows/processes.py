@@ -20,12 +20,21 @@ from tasks._tracking import PARENT_VARIABLE
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
+GRACE = "VDMINI_GRACE_S"
+"""The environment's name for the seconds from SIGTERM to SIGKILL of a flow, which a pool's job template knows."""
+PREFECT_GRACE_S = 30.0  # what Prefect gives a flow that is cancelled
+STOP_SHARE = 2 / 3  # of the grace, for a command to end with all that it started
 PROGRESS_EVERY_S = 15.0  # a progress bar redraws many times a second; each logged line goes to the server
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class StageFailed(RuntimeError):
     """A stage's command ended with an error; the message names the stage and holds its last lines."""
+
+
+def grace_s(share: float) -> float:
+    """A share of the time that whoever stops a flow gives it."""
+    return share * float(os.environ.get(GRACE, PREFECT_GRACE_S))
 
 
 def read_lines(stream: int) -> Iterator[tuple[str, bool]]:
@@ -56,6 +65,7 @@ def run_logged(
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", PARENT_VARIABLE: parent_run_id or ""}
     environment.pop("MLFLOW_RUN_ID", None)
+    patience_s = grace_s(STOP_SHARE)
     tail: deque[str] = deque(maxlen=15)
     logged = time.monotonic()
     process = subprocess.Popen(
@@ -81,7 +91,7 @@ def run_logged(
         code = process.wait()
     except BaseException:
         logger.warning("stopping %s", name)
-        end_tree(process.pid, created)
+        end_tree(process.pid, created, patience_s)
         process.wait()
         raise
     finally:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.processes import Logger
+from flows.processes import Logger, grace_s
 from flows.transfers import TransferFailed
 from vdmini_core.artifacts import json_digest
 from vdmini_core.settings import Params
@@ -26,7 +26,7 @@ SCRATCH = {
 }
 """Stages that go on from what they find there."""
 LAST = "checkpoint.json"
-FAREWELL_S = 12.0  # Prefect kills a cancelled flow after 30 s
+FAREWELL_SHARE = 0.4  # of the time that a flow has to end, after the training has saved its state
 
 
 def shared_scratch(root: Path, stage: str, params: Params) -> "SharedScratch | None":
@@ -91,7 +91,7 @@ class SharedScratch:
     @contextmanager
     def pushed(self, every_s: float, logger: Logger) -> Iterator[None]:
         """Push now and then while the body runs, and once more where it fails; an outage does not disturb the body."""
-        done = threading.Event()
+        done, farewell_s = threading.Event(), grace_s(FAREWELL_SHARE)
 
         def try_to_push() -> None:
             try:
@@ -112,7 +112,7 @@ class SharedScratch:
             done.set()
             last = threading.Thread(target=try_to_push, name="shared-scratch-last", daemon=True)
             last.start()
-            last.join(FAREWELL_S)
+            last.join(farewell_s)
             raise
         finally:
             done.set()

@@ -16,6 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
+from flows.processes import GRACE
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 SECRETS = (
@@ -233,6 +235,13 @@ def test_a_kubernetes_run_is_a_valid_job_without_privileges() -> None:
     }
 
 
+def test_a_kubernetes_run_knows_how_long_it_has_to_end() -> None:
+    job = kubernetes_job()
+    pod = job["spec"]["template"]["spec"]
+    variables = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    assert variables[GRACE] == str(pod["terminationGracePeriodSeconds"])
+
+
 def test_a_kubernetes_run_follows_the_schema_of_the_api() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="needs pip install 'vdmini[deploy]'")
     job = kubernetes_job()
@@ -262,6 +271,7 @@ def test_the_slurm_job_asks_for_a_gpu_and_limits_and_stops_in_order() -> None:
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (DEPLOY / "slurm.sh").read_text(), re.MULTILINE))
     assert {"gpus", "mem", "time", "cpus-per-task", "nodes"} <= set(options)
     assert options["signal"] == "B:TERM@120"
+    assert f"export {GRACE}=90 " in (DEPLOY / "slurm.sh").read_text()
 
 
 WORKER = """

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from flows import run_lock, services
+from flows.processes import GRACE, run_logged
+from flows.shared_scratch import SharedScratch
 from tasks import _stage
 from tasks._stage import SAME_REQUEST_S, Context, end_on_sigterm
 from vdmini_core.settings import DistillSettings, LoopSettings, Params
@@ -41,7 +43,7 @@ sys.exit(1)
 ORDER = """
 import logging, signal, sys
 from pathlib import Path
-from flows.processes import run_logged
+from flows.processes import GRACE, run_logged
 def stop(number, frame):
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
@@ -108,6 +110,38 @@ def test_a_second_ctrl_c_ends_what_still_saves_its_state(tmp_path: Path, monkeyp
         assert child.wait(5) == -signal.SIGKILL
 
 
+@pytest.mark.parametrize(("grace_s", "sent"), [("1", 0), ("100", 1)])
+def test_the_last_checkpoint_has_a_share_of_the_time_that_the_pool_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace_s: str, sent: int
+) -> None:
+    monkeypatch.setenv(GRACE, grace_s)
+    arrived = list[str]()
+
+    class Slow(SharedScratch):
+        def push(self) -> int:
+            time.sleep(2)
+            arrived.append("checkpoint")
+            return 1
+
+    shared = Slow(None, "", tmp_path)
+    with pytest.raises(SystemExit), shared.pushed(1000, logging.getLogger()):
+        raise SystemExit(143)
+    assert len(arrived) == sent
+
+
+def test_what_does_not_end_in_its_share_of_the_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GRACE, "1.5")
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(300)"
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_logged([sys.executable, "-c", deaf], "deaf", tmp_path, None, logging.getLogger(), stop)
+    assert time.monotonic() - started < services.STOP_GRACE_S / 2
+
+
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     program = "import logging, pathlib, sys, time; from flows.run_lock import hold\n"
     program += "with hold(pathlib.Path('.'), 'a run', logging.getLogger()): print('held', flush=True); time.sleep(3)"
@@ -129,7 +163,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path, caplog: pytest.LogCaptur
 FLOW = """
 import logging, sys
 from pathlib import Path
-from flows.processes import run_logged
+from flows.processes import GRACE, run_logged
 from flows.run_lock import hold
 log, root = logging.getLogger(), Path.cwd()
 with hold(root, "a run", log):
