@@ -1,16 +1,20 @@
 """What a stage has half done, in the DVC remote's own storage, so that another worker goes on from there.
 
 Below `vdmini/<key>/` of the remote lie a stage's scratch files under their own names; the key is the digest of all that
-DVC says the stage depends on. Files do not change once they have their names, so what is there is not sent again. Of a
-checkpoint `step-*` the file checkpoint.json goes last and is removed first: a folder without it is none. What arrives
-gets its name when it is whole, and the stage compares digests before it uses it.
+DVC says the stage depends on. What a clone has of other runs stays there: a stage touches the folder that it works in,
+and only folders that are new or touched since the order began are sent, with the files beside them, which several runs
+share.
+
+Files do not change once they have their names, so what is there is not sent again. Of a checkpoint `step-*` the file
+checkpoint.json goes last and is removed first: a folder without it is none. What arrives gets its name when it is
+whole, and the stage compares digests before it uses it.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +46,22 @@ def shared_scratch(root: Path, stage: str, params: Params) -> "SharedScratch | N
         section = getattr(params, stage).model_dump(mode="json")
         key = json_digest({"stage": stage, "params": section, "deps": deps})
         remote = repo.cloud.get_remote()
-        return SharedScratch(remote.fs, remote.fs.join(remote.path, "vdmini", key[:32]), root / SCRATCH[stage])
+        base, folder = remote.fs.join(remote.path, "vdmini", key[:32]), root / SCRATCH[stage]
+        idle = {run.name: run.stat().st_mtime_ns for run in folder.glob("*") if run.is_dir()}
+        return SharedScratch(remote.fs, base, folder, idle)
 
 
 @dataclass(frozen=True)
 class SharedScratch:
-    """Files of `folder`, and those of `base` on DVC's file system `fs`."""
+    """Files of `folder`, and those of `base` on DVC's file system `fs`.
+
+    `idle` has the folders of `folder` that other runs left, and when these were last touched.
+    """
 
     fs: Any
     base: str
     folder: Path
+    idle: Mapping[str, int] = field(default_factory=dict)
 
     def push(self) -> int:
         """Send what is not there yet, and remove checkpoints that newer ones replace; how many files were sent."""
@@ -130,10 +140,11 @@ class SharedScratch:
         draft.replace(target)
 
     def _here(self) -> list[str]:
-        """Files that are finished; what makes a checkpoint whole comes last."""
+        """Files of this order that are finished; what makes a checkpoint whole comes last."""
+        idle = {run.name for run in self.folder.glob("*") if self.idle.get(run.name) == run.stat().st_mtime_ns}
         names = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
-        finished = [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
-        return sorted(finished, key=_is_last)
+        finished = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        return sorted((name.as_posix() for name in finished if name.parts[0] not in idle), key=_is_last)
 
     def _there(self) -> set[str]:
         self.fs.fs.invalidate_cache()

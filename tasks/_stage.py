@@ -189,6 +189,17 @@ def end_on_sigterm(context: Context, *, after_a_checkpoint: bool) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def half_done(root: Path, fingerprint: str) -> Path:
+    """A folder in `root` for what a run leaves to the next of its fingerprint, made or touched now.
+
+    A worker sends what its order touched (flows/shared_scratch.py), and not what its clone has of other runs.
+    """
+    folder = root / fingerprint[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    return folder
+
+
 @contextmanager
 def resources_explained(context: Context) -> Iterator[None]:
     """Say which settings to change when memory (MemoryError) or disk (OSError) runs out."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tasks._inputs import code_digest, evaluator, teacher_manifest, teacher_pipeline, test_clips, train_clips
-from tasks._stage import SCRATCH, Context, device_name
+from tasks._stage import SCRATCH, Context, device_name, half_done
 from vdmini_core.artifacts import (
     Alarm,
     DataManifest,
@@ -60,7 +60,7 @@ def run(context: Context) -> None:
     fingerprint = json_digest(
         {"settings": settings.model_dump(mode="json", exclude=MANNER), "device": device_name(context.device), **inputs}
     )
-    scratch = SCRATCH / "decoder" / fingerprint[:16]
+    scratch = half_done(SCRATCH / "decoder", fingerprint)
     original = VAEDecoder(teacher_pipeline(context, "vae").vae)
     sensitivity, plan = planned(context, original, scratch, inputs)
     context.say(describe_decoder_plan(plan).rstrip())

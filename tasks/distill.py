@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks._inputs import code_digest, teacher_manifest, teacher_pipeline, train_clips
-from tasks._stage import SCRATCH, Context, device_name
+from tasks._stage import SCRATCH, Context, device_name, half_done
 from tasks._validation import open_validation
 from vdmini_core.artifacts import Plan, folder_digest, json_digest, read_json, write_json
 from vdmini_core.data.latents import LatentCache
@@ -100,7 +100,7 @@ def recover(context: Context, pruned: Pruned, inputs: dict[str, str], root: Path
     settings = context.params.distill
     # Checkpoints outlive the outputs, which DVC empties before a run; another run's are ignored.
     fingerprint = fingerprint_of(settings, inputs)
-    checkpoints = root / fingerprint[:16]
+    checkpoints = half_done(root, fingerprint)
     history = History(checkpoints / "history.jsonl")
 
     def log(metrics: dict[str, float], step: int) -> None:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from tasks._inputs import code_digest, evaluator, protocol, teacher_manifest, teacher_pipeline, train_clips
-from tasks._stage import SCRATCH, Context, device_name
+from tasks._stage import SCRATCH, Context, device_name, half_done
 from vdmini_core.artifacts import folder_digest, json_digest, write_json
 from vdmini_core.evaluation.sensitivity_plots import plot_depth, plot_sensitivity
 from vdmini_core.pruning.sensitivity import Sensitivity, sensitivity_table
@@ -47,7 +47,7 @@ def told_of(context: Context) -> dict[str, object]:
 
 def scratch_of(context: Context, told: dict[str, object]) -> Path:
     """Where measured rounds are kept until the report is written."""
-    return SCRATCH / "sensitivity" / fingerprint_of(context, told)[:16]
+    return half_done(SCRATCH / "sensitivity", fingerprint_of(context, told))
 
 
 def analysis_of(context: Context, scratch: Path) -> Sensitivity:

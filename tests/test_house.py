@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from flows.shared_scratch import SCRATCH
 from tasks._stage import STAGES, params_of
 from vdmini_core.artifacts import RecoveryRow, ValidationRow
 from vdmini_core.evaluation.plots import CURVES
@@ -80,6 +81,10 @@ def test_stages_that_judge_clips_depend_on_the_evaluators_weights() -> None:
         text = "\n".join(module.read_text() for module in own if module.parent == ROOT / "tasks")
         if "evaluator(context)" in text or "protocol(context" in text:
             assert _is_told(weights, stage["deps"]), name
+
+
+def test_stages_whose_scratch_goes_to_other_workers_mark_the_folder_that_they_work_in() -> None:
+    assert [name for name in SCRATCH if "half_done(" not in (ROOT / f"tasks/{name}.py").read_text()] == []
 
 
 def imported_by(module: Path) -> set[Path]:

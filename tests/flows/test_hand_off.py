@@ -20,6 +20,7 @@ from flows.order import Order, check_out, order_of
 from flows.processes import StageFailed
 from flows.shared_scratch import SharedScratch, shared_scratch
 from flows.transfers import TransferFailed, transfer, with_back_off
+from tasks._stage import half_done
 from vdmini_core.artifacts import file_digest, write_json
 from vdmini_core.settings import load_params
 
@@ -265,6 +266,23 @@ def test_checkpoints_are_mirrored_whole_and_old_ones_removed(clones: Clones, tmp
     }
     assert found == {name: file_digest(folder / name) for name in found}
     assert {str(name) for name in found} == {"history.jsonl", "step-2/checkpoint.json", "step-2/state.safetensors"}
+
+
+def test_what_a_clone_has_of_other_trainings_is_not_sent(clones: Clones) -> None:
+    order(clones)
+    scratch = clones.driver / ".scratch/checkpoints"
+    checkpoints = {run: scratch / run / "step-1/checkpoint.json" for run in ("earlier", "resumed", "new")}
+    for run in ("earlier", "resumed"):
+        write_json(checkpoints[run], {})
+    write_json(scratch / "measured.json", {})
+    shared = shared_scratch(clones.driver, "distill", load_params(clones.driver / "params.yaml"))
+    assert shared is not None
+    assert shared.push() == 1
+    for run in ("resumed", "new"):
+        assert half_done(scratch, run) == scratch / run  # as the stage does
+    write_json(checkpoints["new"], {})
+    assert shared.push() == 2
+    assert shared.saved() == {"measured.json", "resumed/step-1/checkpoint.json", "new/step-1/checkpoint.json"}
 
 
 def test_what_a_worker_could_not_get_is_refused(clones: Clones) -> None:

@@ -1,6 +1,7 @@
 """Stage decoder on a tiny pipeline folder: what it writes, that it is done once, and that it can be left out."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def test_a_second_run_resumes_with_the_plan_that_was_measured(project: Path, mon
     first = run()
     monkeypatch.setattr(decoder, "decoder_sensitivity", lambda *_, **__: pytest.fail("measured twice"))
     before = read_json(project / "artifacts/decoder/decoder.json", DecoderReport)
+    (scratch,) = (path for path in (project / ".scratch/decoder").iterdir() if path.is_dir())
+    os.utime(scratch, (0, 0))
     again = run()
+    assert scratch.stat().st_mtime > 0  # by which a worker sees what to send
     after = read_json(project / "artifacts/decoder/decoder.json", DecoderReport)
     assert (after.plan, after.curve, after.quality) == (before.plan, before.curve, before.quality)
     assert "train/decoder/total" in first.metrics
