@@ -190,13 +190,13 @@ def end_on_sigterm(context: Context, *, after_a_checkpoint: bool) -> None:
 
 
 def half_done(root: Path, fingerprint: str) -> Path:
-    """A folder in `root` for what a run leaves to the next of its fingerprint, made or touched now.
+    """The folder in `root` for what a run leaves to the next of its fingerprint, touched where it is there already.
 
-    A worker sends what its order touched (flows/shared_scratch.py), and not what its clone has of other runs.
+    A worker sends what its order made or touched (flows/shared_scratch.py), and not what its clone has of other runs.
     """
     folder = root / fingerprint[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
+    if folder.is_dir():
+        os.utime(folder)
     return folder
 
 

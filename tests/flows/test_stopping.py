@@ -43,7 +43,7 @@ sys.exit(1)
 ORDER = """
 import logging, signal, sys
 from pathlib import Path
-from flows.processes import GRACE, run_logged
+from flows.processes import run_logged
 def stop(number, frame):
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
