@@ -17,6 +17,8 @@ def test_every_plan_is_predicted_built_and_timed(tmp_path: Path) -> None:
         "3",
         "--runs",
         "1",
+        "--builds",
+        "2",
         "--warmup",
         "0",
         "--smallest",
@@ -31,6 +33,7 @@ def test_every_plan_is_predicted_built_and_timed(tmp_path: Path) -> None:
     assert len({tuple(check["removed"]) for check in checks}) == 3
     for check in checks:
         assert 0 < check["predicted"] <= 0.95
+        assert check["latency"]["runs"] == 2
         assert check["measured"] == pytest.approx(check["latency"]["median_ms"] / found["teacher"]["median_ms"])
         assert check["error"] == pytest.approx(check["predicted"] / check["measured"] - 1)
     assert found["largest_error"] == max(abs(check["error"]) for check in checks)

@@ -141,14 +141,22 @@ def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
 def measure_latencies(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int
 ) -> dict[str, Latency]:
-    """Time several calls in turn (A B C A B C ...), so that a drifting machine bears on all alike."""
+    """Time several calls in turn, see `time_in_turn`."""
+    samples = time_in_turn(calls, device, runs=runs, warmup=warmup)
+    return {name: latency_of(values) for name, values in samples.items()}
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of several calls in turn (A B C A B C ...), so that a drifting machine bears on all alike."""
     samples: dict[str, list[float]] = defaultdict(list)
     for run in range(warmup + runs):
         for name, call in calls.items():
             spent = elapsed_ms(call, device)
             if run >= warmup:
                 samples[name].append(spent)
-    return {name: latency_of(values) for name, values in samples.items()}
+    return dict(samples)
 
 
 def latency_of(values: list[float]) -> Latency:
