@@ -47,7 +47,7 @@ vbench:  ## the official VBench in .vbench/, in an environment of its own (CUDA 
 	.vbench/venv/bin/pip install -q --no-build-isolation git+https://github.com/facebookresearch/detectron2.git
 
 lock:  ## write the versions of this environment to requirements.lock
-	$(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu//" > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu//" | grep -vxFf requirements-cluster.lock > requirements.lock
 
 cluster: env  ## what benchmarks/cluster needs besides, from its lock
 	$(BIN)/python -m pip install -q -r requirements-cluster.lock

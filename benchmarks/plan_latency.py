@@ -84,7 +84,7 @@ def check(
     samples: dict[str, list[float]] = defaultdict(list)
     lain: list[torch.Tensor] = []
     for build in range(builds):
-        lain.append(torch.empty((build + 1) * 100_003))  # so that what follows lies elsewhere
+        lain.append(torch.empty((build + 1) * 100_003, device=device))  # so that what follows lies elsewhere
         teacher, given = untrained(found.build(), device, torch.float32), latents.clone()
         networks = {TEACHER: teacher} | {str(i): teacher.without(r, shared=True) for i, r in enumerate(removals)}
         calls = {name: partial(network, given, time, condition) for name, network in networks.items()}

@@ -21,7 +21,7 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
-export VDMINI_GRACE_S=90 # as long as `stop` waits for a run
+PATIENCE_S=90 # of `stop` with a run that sends its last checkpoint
 
 .venv/bin/vdmini worker --pool "$VDMINI_POOL" &
 worker=$!
@@ -31,7 +31,7 @@ worker=$!
 # shellcheck disable=SC2329 # called by the trap
 stop() {
     pkill -TERM -P "$worker" || true
-    for ((waited = 0; waited < VDMINI_GRACE_S; waited++)); do
+    for ((waited = 0; waited < PATIENCE_S; waited++)); do
         pgrep -P "$worker" >/dev/null || break
         sleep 1
     done

@@ -92,7 +92,7 @@ def restore(name: str, root: Path, logger: Logger) -> Result | None:
         if any(text in line for text in TRANSPORT for line in [*lost, str(error)]):
             raise TransferFailed(str(error)) from None
         raise
-    return results[0] if results else "skipped"  # DVC names no stage whose source file is missing and result is not
+    return results[0] if results else "skipped"
 
 
 def repro_command(name: str) -> list[str]:
@@ -105,6 +105,7 @@ def results_of(name: str, tell: Callable[[Result], None]) -> Callable[[str], Non
     marks: dict[str, Result] = {
         f"Running stage '{name}':": "ran",
         f"Stage '{name}' is cached - skipping run, checking out outputs": "restored",
+        f"Pulling data for stage: '{name}'": "restored",
         f"Stage '{name}' didn't change, skipping": "skipped",
     }
 

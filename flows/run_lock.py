@@ -58,17 +58,17 @@ def forget_torn_rwlock(root: Path, logger: "Logger") -> None:
     """Remove DVC's list of who reads and writes what where a process was killed at writing it.
 
     DVC writes it in place, reads a torn one no more and fails at every command. Its own lock around the file is held
-    meanwhile, so that nobody is just writing.
+    meanwhile; who has that is just writing.
     """
     folder = root / ".dvc" / "tmp"
-    if not (file := folder / "rwlock").is_file():
+    if not _torn(file := folder / "rwlock"):
         return
-    from dvc.lock import make_lock
+    from dvc.config import Config
+    from dvc.lock import LockError, make_lock
 
-    with make_lock(str(folder / "rwlock.lock"), tmp_dir=str(folder)):
-        try:
-            json.loads(file.read_text())
-        except json.JSONDecodeError:
+    hardlink = Config(str(root / ".dvc"))["core"].get("hardlink_lock", False)
+    with suppress(LockError), make_lock(str(folder / "rwlock.lock"), tmp_dir=str(folder), hardlink_lock=hardlink):
+        if _torn(file):
             file.unlink()
             logger.warning("removed %s, which a DVC process that was killed had left unreadable", file)
 
@@ -83,6 +83,16 @@ def inherited(root: Path) -> tuple[int, ...]:
         return (number,) if os.path.samestat(os.fstat(number), _path(root).stat()) else ()
     except (KeyError, OSError):
         return ()
+
+
+def _torn(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except FileNotFoundError:
+        return False
+    except json.JSONDecodeError:
+        return True
+    return False
 
 
 def _path(root: Path) -> Path:

@@ -271,7 +271,7 @@ def test_the_slurm_job_asks_for_a_gpu_and_limits_and_stops_in_order() -> None:
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (DEPLOY / "slurm.sh").read_text(), re.MULTILINE))
     assert {"gpus", "mem", "time", "cpus-per-task", "nodes"} <= set(options)
     assert options["signal"] == "B:TERM@120"
-    assert f"export {GRACE}=90 " in (DEPLOY / "slurm.sh").read_text()
+    assert "PATIENCE_S=90 " in (DEPLOY / "slurm.sh").read_text()
 
 
 WORKER = """

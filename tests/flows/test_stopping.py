@@ -90,6 +90,20 @@ def test_who_asks_again_later_is_not_made_to_wait_for_a_checkpoint(monkeypatch: 
         signal.signal(signal.SIGTERM, before)
 
 
+def test_what_saves_nothing_ends_at_once_and_its_records_are_closed_undisturbed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_stage, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        end_on_sigterm(Context("encode", PARAMS, SimpleNamespace(), torch.device("cpu")), after_a_checkpoint=False)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # the same request, as records are closed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_second_ctrl_c_ends_what_still_saves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deaf.py").write_text(
         "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(300)"
@@ -218,5 +232,8 @@ def test_a_lock_that_a_killed_dvc_left_unreadable_is_removed(tmp_path: Path, cap
         assert not torn.exists()
     assert "left unreadable" in caplog.text
     torn.write_text('{"read": {}, "write": {}}')
+    guard = torn.with_name("rwlock.lock")
+    guard.unlink(missing_ok=True)
     with run_lock.hold(tmp_path, "a run", logging.getLogger()):
         assert torn.read_text() == '{"read": {}, "write": {}}'
+    assert not guard.exists()

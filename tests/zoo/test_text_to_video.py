@@ -6,10 +6,17 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from vdmini_core.models import UNetDenoiser
+from vdmini_core.models import TransformerDenoiser, UNetDenoiser
 from vdmini_core.pruning.planning import paper_layout
 from vdmini_core.settings import LoopSettings, PlanSettings
-from vdmini_core.zoo.text_to_video import CAPTION_TOKENS, CAPTIONS, TEXT_WIDTH, new_text_unet, write_clip
+from vdmini_core.zoo.text_to_video import (
+    CAPTION_TOKENS,
+    CAPTIONS,
+    TEXT_WIDTH,
+    new_text_unet,
+    new_transformer,
+    write_clip,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,16 @@ def test_the_unet_starts_by_answering_its_input_whatever_it_is_told(unet: UNetDe
     x, found = answer(unet)
     assert (found - x).square().mean() < 1e-3
     assert torch.equal(found, answer(unet, told=2)[1])
+
+
+@torch.no_grad()
+def test_the_transformer_starts_by_answering_nearly_its_input() -> None:
+    torch.manual_seed(0)
+    denoiser = TransformerDenoiser(new_transformer().eval())
+    x, text = torch.randn(2, 4, 3, 16, 16), torch.randn(2, 32, TEXT_WIDTH)
+    found = denoiser(x, torch.tensor([999.0, 10.0]), {"text": text})
+    assert (found - x).square().mean() < 0.2
+    assert torch.corrcoef(torch.stack([found.flatten(), x.flatten()]))[0, 1] > 0.9
 
 
 def test_every_weight_of_the_unet_learns(unet: UNetDenoiser) -> None:

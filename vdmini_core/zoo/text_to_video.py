@@ -33,7 +33,7 @@ SOLVER_STEPS = 8
 def new_transformer() -> WanTransformer3DModel:
     """Eight blocks of width 160 over patches of 4 x 4 latents: 9 x 4 x 4 tokens for 9 frames of 64 x 64.
 
-    The network starts by answering its own input.
+    The network starts by answering nearly its own input.
     """
     transformer = WanTransformer3DModel(
         patch_size=(1, 4, 4),
