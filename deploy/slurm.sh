@@ -23,13 +23,12 @@ cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 PATIENCE_S=90 # of `stop` with a run that sends its last checkpoint
 
-.venv/bin/vdmini worker --pool "$VDMINI_POOL" &
-worker=$!
-
+worker=
 # SLURM signals this shell two minutes before the end. The run is told first, which sends its last checkpoint: a worker
 # that is told first kills it.
 # shellcheck disable=SC2329 # called by the trap
 stop() {
+    [ -n "$worker" ] || exit 143
     pkill -TERM -P "$worker" || true
     for ((waited = 0; waited < PATIENCE_S; waited++)); do
         pgrep -P "$worker" >/dev/null || break
@@ -38,6 +37,8 @@ stop() {
     kill -TERM "$worker"
 }
 trap stop TERM
+.venv/bin/vdmini worker --pool "$VDMINI_POOL" &
+worker=$!
 code=0
 wait "$worker" || code=$?
 while kill -0 "$worker" 2>/dev/null; do
