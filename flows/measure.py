@@ -1,11 +1,12 @@
 """Commands that measure what is there, without a recipe: distances of features, VBench, FVD and IS of videos."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from flows.terminal import explained
+from flows.terminal import explained, flow_explained, prepare_flow
 
 vbench = typer.Typer(help="VBench: generate its videos, run the official evaluation, and aggregate its scores.")
 
@@ -108,17 +109,40 @@ def vbench_generate(
     crf: Crf = 16,
     seed: Seed = 0,
     shard: Annotated[str, typer.Option(help="i/n: this worker's part of the videos; all write to one folder.")] = "0/1",
+    pool: Annotated[str | None, typer.Option(help="A work pool whose workers make them; by default made here.")] = None,
+    shards: Annotated[int, typer.Option(min=1, help="With --pool: runs that share the videos.")] = 1,
 ) -> None:
     """Make VBench's videos, `{prompt}-{0..4}.mp4` in OUT/videos; the same command goes on where it was.
 
-    OUT/generation.json says how they were made; another model or setting is refused there.
+    OUT/generation.json says how they were made; another model or setting is refused there. With --pool they are made in
+    shards by the pool's workers, which need the same CHECKOUT in their clones, and MODEL, unless DVC has it.
     """
     with explained():
-        from tasks._vbench import Making, Request, generate
+        from tasks._vbench import Making, Request, generate, missing, words_of
 
         request = Request(suite, checkout, out, tuple(dimension or ()), per_dimension, ratio, seed)
-        made, asked = generate(request, Making(model, steps, frames, fps, crf), shard)
+        making = Making(model, steps, frames, fps, crf)
+        if pool:
+            made = 0
+            if missing(request):
+                made = on_pool(words_of(request, making), model, out, pool, shards)
+            typer.echo(f"{out / 'videos'}: {made} videos came from pool {pool}")
+            return
+        made, asked = generate(request, making, shard)
     typer.echo(f"{out / 'videos'}: {made} of the {asked} videos of this shard made now")
+
+
+def on_pool(words: list[str], model: str, out: Path, pool: str, shards: int) -> int:
+    """Have a benchmark's videos made by a work pool; exit code 1 where a shard fails."""
+    root = Path.cwd()
+    prepare_flow(root)
+    with flow_explained():
+        from flows.shards import make_on_pool
+
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logger = logging.getLogger("vdmini.shards")
+        logger.setLevel(logging.INFO)
+        return make_on_pool(words, model, out, root, pool, shards, logger)
 
 
 @vbench.command("run")

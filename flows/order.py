@@ -11,10 +11,10 @@ from pathlib import Path
 
 from flows.graph import inputs_of, repro_command, results_of
 from flows.processes import Logger, run_logged
-from flows.shared_scratch import shared_scratch
+from flows.shared_scratch import shared_scratch, shared_videos
 from flows.transfers import git, transfer, with_back_off
 from vdmini_core.artifacts import Record, read_json
-from vdmini_core.settings import load_params
+from vdmini_core.settings import Resources, load_params
 
 CARRIED = ("params.yaml", "dvc.lock")
 """Files that may differ from the commit; their texts go with the order."""
@@ -28,8 +28,26 @@ class Part(Record):
     round: int
 
 
+class Shard(Record):
+    """One of several runs that share the videos of a benchmark; `vdmini` with these words makes them.
+
+    `key` names all shards together, `inputs` are DVC's outputs that are read.
+    """
+
+    words: tuple[str, ...]
+    index: int
+    of: int
+    key: str
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder of its videos, below that of all shards."""
+        return f"{self.index}-of-{self.of}"
+
+
 class Order(Record):
-    """A stage, or a part of one, at a commit with the texts of `CARRIED`; no secret is part of it."""
+    """A stage, a part of one or a shard of videos, at a commit with the texts of `CARRIED`; no secret is part of it."""
 
     stage: str
     commit: str
@@ -37,6 +55,7 @@ class Order(Record):
     lock: str
     parent_run_id: str | None = None
     part: Part | None = None
+    shard: Shard | None = None
 
 
 def order_of(stage: str, root: Path, parent_run_id: str | None, logger: Logger) -> Order:
@@ -91,6 +110,9 @@ def check_out(order: Order, root: Path, logger: Logger) -> None:
 
 def carry_out(order: Order, root: Path, logger: Logger) -> None:
     """Fetch the inputs, run the stage or the part, send its results: data first, so that one is whole or absent."""
+    if order.shard is not None:
+        _make_shard(order.shard, root, logger)
+        return
     params = load_params(root / "params.yaml")
     if inputs := inputs_of(root, order.stage):
         transfer(["pull", "--force", *inputs], root, logger)  # over what an interrupted stage left here half-written
@@ -109,6 +131,19 @@ def carry_out(order: Order, root: Path, logger: Logger) -> None:
         return
     transfer(["push", order.stage], root, logger)
     transfer(["push", "--run-cache", order.stage], root, logger)
+
+
+def _make_shard(shard: Shard, root: Path, logger: Logger) -> None:
+    if shard.inputs:
+        transfer(["pull", "--force", *shard.inputs], root, logger)
+    shared = with_back_off(lambda: shared_videos(root, shard.key, shard.name), "opening the remote", logger)
+    if came := with_back_off(shared.pull, "fetching videos", logger):
+        logger.info("goes on from %d files of another worker", came)
+    command = [sys.executable, "-m", "flows.cli", *shard.words, "--out", str(shared.folder)]
+    command += ["--shard", f"{shard.index}/{shard.of}"]
+    with shared.pushed(Resources().push_checkpoints_s, logger):
+        run_logged(command, f"shard {shard.index + 1} of {shard.of}", root, None, logger)
+    with_back_off(shared.push, "sending the videos", logger)
 
 
 def _run(order: Order, root: Path, logger: Logger) -> None:

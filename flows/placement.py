@@ -153,6 +153,8 @@ def saved_in(shared: SharedScratch | None) -> frozenset[str]:
 
 def title(order: Order) -> str:
     """An order's name for people."""
+    if order.shard is not None:
+        return f"{order.stage} shard {order.shard.index + 1} of {order.shard.of}"
     part = order.part
     return order.stage if part is None else f"{order.stage} round {part.round} part {part.index + 1} of {part.of}"
 

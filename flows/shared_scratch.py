@@ -29,6 +29,7 @@ SCRATCH = {
     "decoder": Path(".scratch/decoder"),
 }
 """Stages that go on from what they find there."""
+VIDEOS = Path(".scratch/videos")
 LAST = "checkpoint.json"
 FAREWELL_SHARE = 0.4  # of the time that a flow has to end, after the training has saved its state
 
@@ -49,6 +50,15 @@ def shared_scratch(root: Path, stage: str, params: Params) -> "SharedScratch | N
         base, folder = remote.fs.join(remote.path, "vdmini", key[:32]), root / SCRATCH[stage]
         idle = {run.name: run.stat().st_mtime_ns for run in folder.glob("*") if run.is_dir()}
         return SharedScratch(remote.fs, base, folder, idle)
+
+
+def shared_videos(root: Path, *names: str) -> "SharedScratch":
+    """The shared place of a benchmark's videos: of all shards by their key, of one by the key and its name."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        remote = repo.cloud.get_remote()
+        return SharedScratch(remote.fs, remote.fs.join(remote.path, "vdmini", *names), root.joinpath(VIDEOS, *names))
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,21 @@ class Making:
     crf: int = 16
 
 
+def missing(request: Request) -> int:
+    """How many videos are not there yet; FileNotFoundError where the checkout is not what it should be."""
+    return len(check_layout(request.out / "videos", request.chosen(), request.whole()).missing)
+
+
+def words_of(request: Request, making: Making) -> list[str]:
+    """The words of `vdmini` that make the same videos elsewhere, but for the model and the folder."""
+    words = ["vbench", "generate", "--suite", request.suite, "--checkout", str(request.checkout)]
+    words += [word for name in request.dimensions for word in ("--dimension", name)]
+    numbers = {"--per-dimension": request.per_dimension, "--steps": making.steps, "--frames": making.frames}
+    numbers |= {"--fps": making.fps, "--crf": making.crf, "--seed": request.seed}
+    words += [word for name, value in numbers.items() if value is not None for word in (name, str(value))]
+    return [*words, "--ratio", request.ratio]
+
+
 def generate(request: Request, making: Making, shard: str = "0/1") -> tuple[int, int]:
     """Make the shard's videos that are not there yet; how many were made, and how many the shard has."""
     quieten()

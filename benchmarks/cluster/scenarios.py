@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from benchmarks.cluster.machines import wait_until
+from benchmarks.cluster.machines import Service, wait_until
 from benchmarks.cluster.readings import (
     alive,
     cancel,
@@ -306,17 +306,21 @@ def disk_full(site: Site) -> Result:
 
 
 def fan_out(site: Site) -> Result:
-    """The units of sensitivity over two workers, beside one process's answer."""
+    """The units of sensitivity over two workers, beside one process's answer; each clone has its own teacher."""
     result = Result("fan-out")
+    teacher, without = ".scratch/deep-teacher", ("teacher", "encode", "sensitivity", "plan", "prune")
+    for clone in (site.driver, *site.workers):
+        clone.call("-m", "benchmarks.cluster.deep_teacher", teacher)
+    changes = {"teacher": {"source": teacher}}
     file = site.prepared / "serial.json"
     if not file.is_file():
-        site.begin("serial", {}, without=("sensitivity", "plan", "prune"))
+        site.begin("serial", {}, without, changes)
         run = Run(site, "sensitivity")
         wall = run.wait()
         write_json(file, {"scores": scores(site), "wall_s": wall})
     serial = json.loads(file.read_text())
     parts = {"sensitivity": {"pool": POOL, "parts": 2, "push_checkpoints_s": 2.0}}
-    site.begin(result.scenario, parts, without=("sensitivity", "plan", "prune"))
+    site.begin(result.scenario, parts, without, changes)
     site.start_worker(0)
     site.start_worker(1)
     run = Run(site, "sensitivity")
@@ -325,6 +329,7 @@ def fan_out(site: Site) -> Result:
     spans = worker_spans(run.on_pool())
     result.checks = {
         "full completed": run.state().is_completed(),
+        "50 units or more": len(serial["scores"]) >= 50,
         "equal to the serial run": run.state().is_completed() and scores(site) == serial["scores"],
         "both workers had some": len(spans) == 2,
         "never two at once on a worker": not any(overlap(each) for each in spans.values()),
@@ -334,6 +339,42 @@ def fan_out(site: Site) -> Result:
     result.happened = (
         f"{units} units in rounds over two workers; serial {serial['wall_s']:.0f} s, {result.wall_s:.0f} s"
     )
+    return result
+
+
+def sweeps(site: Site) -> Result:
+    """Two drivers with settings of their own order from one worker, and keep what came as an experiment of DVC's."""
+    result = Result("sweeps")
+    reference(site)
+    site.begin(result.scenario, ON_POOL)
+    other = site.workers[1]
+    site.furnish(other)
+    site.write_recipe(other, ON_POOL, {"distill": {"learning_rate": 5.0e-4}})
+    site.start_worker(0)
+    run = Run(site)
+    command = [other.python, "-m", "flows.cli", "run", "--target", "distill"]
+    log = site.folder / "logs" / "other-driver.log"
+    second = Service("other driver", command, other.folder, other.environment, log)
+    second.start()
+    site.services["other driver"] = second
+    assert second.process is not None
+    finish(site, run, result)
+    left = second.process.wait(DONE_S)
+    for name, clone in (("as-it-was", site.driver), ("slower", other)):
+        clone.call("-m", "dvc", "exp", "save", "-q", "-n", name)
+    spans = worker_spans(run.on_pool())
+    result.checks |= {
+        "the other driver completed": left == 0,
+        "with weights of its own": left == 0 and site.weights(other) != site.weights(),
+        "both on the one worker": len(spans.get("first", ())) == 2,
+        "never two at once on it": not any(overlap(each) for each in spans.values()),
+        "each has its experiment": all(
+            name in clone.call("-m", "dvc", "exp", "list", "--name-only")
+            for name, clone in (("as-it-was", site.driver), ("slower", other))
+        ),
+    }
+    result.wall_s = time.monotonic() - run.started
+    result.happened = "two clones with another learning rate each, one worker"
     return result
 
 
@@ -347,4 +388,5 @@ SCENARIOS: dict[str, Callable[[Site], Result]] = {
     "mlflow-down": mlflow_down,
     "disk-full": disk_full,
     "fan-out": fan_out,
+    "sweeps": sweeps,
 }

@@ -128,7 +128,7 @@ class Site:
             run(["git", "checkout", "-q", "--force", "-B", "main", "origin/main"], clone.folder)
         committed = yaml.safe_load((self.driver.folder / "params.yaml").read_text())
         self.recipe = {name: {**section, **RECIPE.get(name, {})} for name, section in committed.items()}
-        self.write_recipe({})
+        self.write_recipe(self.driver, {})
         self.driver.call("-m", "dvc", "remote", "add", "-q", "-f", "-d", "store", f"s3://{BUCKET}/setup")
         endpoint = f"http://{HOST}:{self.ports['proxy']}"
         self.driver.call("-m", "dvc", "remote", "modify", "-q", "store", "endpointurl", endpoint)
@@ -145,23 +145,33 @@ class Site:
                 shutil.copytree(self.driver.folder / name, self.prepared / name, dirs_exist_ok=True)
             shutil.copy(self.driver.folder / "dvc.lock", self.prepared / "dvc.lock")
 
-    def begin(self, scenario: str, resources: dict[str, Any], without: tuple[str, ...] = ()) -> None:
+    def begin(
+        self,
+        scenario: str,
+        resources: dict[str, Any],
+        without: tuple[str, ...] = (),
+        changes: dict[str, Any] | None = None,
+    ) -> None:
         """Everything is made but distill, and `without`; nothing is left of scenarios before."""
         self.scenario = scenario
         self.stop_workers()
         for clone in (self.driver, *self.workers):
             clone.forget()
             clone.remote_is(f"s3://{BUCKET}/{scenario}")
+        self.furnish(self.driver, without)
+        self.write_recipe(self.driver, resources, changes)
+
+    def furnish(self, clone: Clone, without: tuple[str, ...] = ()) -> None:
+        """Give a clone that has nothing what is prepared."""
         for name in ("artifacts", ".dvc/cache"):
-            shutil.copytree(self.prepared / name, self.driver.folder / name)
+            shutil.copytree(self.prepared / name, clone.folder / name)
         lock = yaml.safe_load((self.prepared / "dvc.lock").read_text())
         for name in without:
             del lock["stages"][name]
-            shutil.rmtree(self.driver.folder / "artifacts" / name)
+            shutil.rmtree(clone.folder / "artifacts" / name)
         if without:
-            shutil.rmtree(self.driver.folder / ".dvc/cache/runs", ignore_errors=True)
-        (self.driver.folder / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-        self.write_recipe(resources)
+            shutil.rmtree(clone.folder / ".dvc/cache/runs", ignore_errors=True)
+        (clone.folder / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
 
     def worker(self, name: str, clone: Clone, pool: str) -> Service:
         """A worker of a pool in a clone; not started."""
@@ -189,9 +199,9 @@ class Site:
         (line,) = (line for line in text.splitlines() if "UUID:" in line)
         return UUID(line.split("UUID:")[1].strip())
 
-    def weights(self) -> str:
-        """The digest of the driver's distilled weights."""
-        return folder_digest(self.driver.folder / "artifacts/distill/denoiser")
+    def weights(self, clone: Clone | None = None) -> str:
+        """The digest of the distilled weights of a clone, the driver's by default."""
+        return folder_digest((clone or self.driver).folder / "artifacts/distill/denoiser")
 
     def is_clean(self) -> bool:
         """Whether `dvc repro distill` on the driver has nothing to do."""
@@ -202,7 +212,8 @@ class Site:
         """Whether the driver itself did the work of a stage."""
         return (self.driver.folder / ".scratch/tracking" / stage).exists()
 
-    def write_recipe(self, resources: dict[str, Any]) -> None:
-        """The driver's params.yaml: the commit's, with budgets of seconds, placed as `resources` says."""
-        text = yaml.safe_dump({**self.recipe, "resources": resources}, sort_keys=False)
-        (self.driver.folder / "params.yaml").write_text(text)
+    def write_recipe(self, clone: Clone, resources: dict[str, Any], changes: dict[str, Any] | None = None) -> None:
+        """A clone's params.yaml: the commit's, with budgets of seconds, `changes`, and placed as `resources` says."""
+        changed = {name: {**section, **(changes or {}).get(name, {})} for name, section in self.recipe.items()}
+        text = yaml.safe_dump({**changed, "resources": resources}, sort_keys=False)
+        (clone.folder / "params.yaml").write_text(text)

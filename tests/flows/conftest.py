@@ -1,13 +1,18 @@
 """One Prefect test server for the session, and a tiny project that the flow can run."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.flows.clones import Clones
 
 # Before Prefect is imported, which creates its home at once.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="vdmini-prefect-")
@@ -43,6 +48,24 @@ def prefect_server() -> Iterator[str]:
 def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One sqlite file for all flows of the session: creating its tables takes MLflow ten seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clones that each test has a copy of."""
+    from tests.flows.clones import write_clones
+
+    folder = tmp_path_factory.mktemp("clones")
+    write_clones(folder)
+    return folder
+
+
+@pytest.fixture
+def clones(template: Path, tmp_path: Path) -> "Clones":
+    from tests.flows.clones import Clones
+
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    return Clones(tmp_path / "driver", (tmp_path / "first", tmp_path / "second"), tmp_path / "store")
 
 
 @pytest.fixture

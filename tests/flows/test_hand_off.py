@@ -1,12 +1,8 @@
 """A stage handed from a driver's clone to a worker's, which share a DVC remote and a git origin and no other file."""
 
-import logging
-import os
 import shutil
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,61 +12,15 @@ from flows import graph, placement, transfers
 from flows.deployment import deploy
 from flows.full import vdmini
 from flows.graph import inputs_of, restore
-from flows.order import Order, check_out, order_of
+from flows.order import check_out, order_of
 from flows.processes import StageFailed
 from flows.shared_scratch import SharedScratch, shared_scratch
-from flows.transfers import TransferFailed, transfer, with_back_off
+from flows.transfers import TransferFailed, with_back_off
 from tasks._stage import half_done
+from tests.flows.clones import LOG, Clones, carried_out, command, distill_order, serving, start
 from vdmini_core.artifacts import file_digest, write_json
 from vdmini_core.settings import load_params
 
-ROOT = Path(__file__).parents[2]
-LOG = logging.getLogger("test")
-DVC = """
-stages:
-  prune:
-    cmd: python step.py prune source.txt
-    deps: [step.py, source.txt]
-    outs: [artifacts/prune]
-  distill:
-    cmd: python step.py distill artifacts/prune/out.txt
-    deps: [step.py, artifacts/prune]
-    params: [distill]
-    outs: [artifacts/distill]
-"""
-PREFECT = """
-name: clones
-deployments:
-  - name: gpu
-    entrypoint: flows/remote.py:stage
-    pull:
-      - flows.remote.enter_clone: {}
-    work_pool:
-      name: gpu
-"""
-# A stage with checkpoints as distill has them: a count, and where it was started.
-STEP = """
-import json, pathlib, sys, time
-name, source = sys.argv[1:]
-pathlib.Path(f"ran-{name}.scratch").open("a").write("x")
-text, done = pathlib.Path(source).read_text(), 0
-folder = pathlib.Path(".scratch/checkpoints/one")
-for step in sorted(folder.glob("step-*")):
-    if (step / "checkpoint.json").is_file():
-        done = json.loads((step / "checkpoint.json").read_text())["step"]
-if name == "distill":
-    print("starts at", done, flush=True)
-    for done in range(done, 6):
-        step = folder / f".step-{done + 1}"
-        step.mkdir(parents=True)
-        (step / "state.safetensors").write_text("state" * (done + 1))
-        (step / "checkpoint.json").write_text(json.dumps({"step": done + 1}))
-        step.rename(folder / step.name[1:])
-        pathlib.Path("pace").exists() and time.sleep(0.5)
-target = pathlib.Path("artifacts") / name
-target.mkdir(parents=True)
-(target / "out.txt").write_text(f"{text} {name}")
-"""
 # A dvc.lock by which prune is up to date, and its result is nowhere.
 LOST_INPUT = """
 schema: '2.0'
@@ -82,87 +32,10 @@ stages:
 """
 
 
-def command(folder: Path, *words: str) -> str:
-    done = subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
-    return done.stdout
-
-
-@dataclass(frozen=True)
-class Clones:
-    """A driver and two workers."""
-
-    driver: Path
-    workers: tuple[Path, Path]
-    store: Path
-
-
-def commit(clone: Path) -> None:
-    command(clone, "git", "add", "--all")
-    command(clone, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "x")
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Origin, driver and workers, which name each other by relative paths, so that a copy stands for itself."""
-    folder = tmp_path_factory.mktemp("clones")
-    driver = folder / "driver"
-    command(folder, "git", "init", "-q", "--bare", "origin.git")
-    command(folder, "git", "clone", "-q", "origin.git", "driver")
-    (driver / "dvc.yaml").write_text(DVC)
-    (driver / "step.py").write_text(STEP)
-    (driver / "source.txt").write_text("source")
-    (driver / "prefect.yaml").write_text(PREFECT)
-    (driver / "flows").mkdir()
-    shutil.copy(ROOT / "flows/remote.py", driver / "flows/remote.py")
-    (driver / ".gitignore").write_text("/artifacts/\n/.scratch/\n*.scratch\n/pace\n")
-    (driver / "params.yaml").write_text(
-        "distill: {loop: {max_steps: 1, batch_size: 1}}\nresources: {distill: {push_checkpoints_s: 0.2}}\n"
-    )
-    command(driver, sys.executable, "-m", "dvc", "init", "-q")
-    command(driver, sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "store", "../store")
-    command(driver, "git", "remote", "set-url", "origin", "../origin.git")
-    commit(driver)
-    command(driver, "git", "push", "-q", "origin", "HEAD")
-    command(driver, sys.executable, "-m", "dvc", "repro", "-q", "prune")
-    for worker in ("first", "second"):
-        command(folder, "git", "clone", "-q", "origin.git", worker)
-        command(folder / worker, "git", "remote", "set-url", "origin", "../origin.git")
-    return folder
-
-
-@pytest.fixture
-def clones(template: Path, tmp_path: Path) -> Clones:
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    return Clones(tmp_path / "driver", (tmp_path / "first", tmp_path / "second"), tmp_path / "store")
-
-
-def order(clones: Clones) -> Order:
-    """Distill, its inputs sent, as `place` does it."""
-    found = order_of("distill", clones.driver, None, LOG)
-    transfer(["push", *inputs_of(clones.driver, "distill")], clones.driver, LOG)
-    return found
-
-
-def start(worker: Path, wanted: Order) -> "subprocess.Popen[str]":
-    """What the flow `stage` does on a worker."""
-    check_out(wanted, worker, LOG)
-    write_json(worker / ".scratch/order.json", wanted)
-    words = [sys.executable, "-m", "flows.order", ".scratch/order.json"]
-    values = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(words, cwd=worker, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def carried_out(worker: Path, wanted: Order) -> str:
-    process = start(worker, wanted)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
-
-
 def test_a_stage_is_run_by_a_worker_and_restored_on_the_driver(clones: Clones) -> None:
     # What git does not have goes with the order: changed settings, and the lock that `repro` wrote.
     (clones.driver / "params.yaml").write_text("distill: {loop: {max_steps: 2, batch_size: 1}}\n")
-    wanted = order(clones)
+    wanted = distill_order(clones)
     assert inputs_of(clones.driver, "distill") == ["artifacts/prune"]
     carried_out(clones.workers[0], wanted)
     assert (clones.workers[0] / "params.yaml").read_text() == wanted.params
@@ -178,7 +51,7 @@ def test_a_stage_is_run_by_a_worker_and_restored_on_the_driver(clones: Clones) -
 
 
 def test_a_result_that_did_not_arrive_is_an_error_and_never_run_on_the_driver(clones: Clones) -> None:
-    order(clones)
+    distill_order(clones)
     ran = clones.driver / "ran-distill.scratch"
     with pytest.raises(StageFailed, match="its result was not found in the remote"):
         placement.fetch("distill", clones.driver, LOG)
@@ -187,7 +60,7 @@ def test_a_result_that_did_not_arrive_is_an_error_and_never_run_on_the_driver(cl
 
 
 def test_half_an_input_of_an_interrupted_stage_gives_way_to_the_whole_one(clones: Clones) -> None:
-    wanted = order(clones)
+    wanted = distill_order(clones)
     left = clones.workers[0] / "artifacts/prune"
     left.mkdir(parents=True)
     (left / "out.txt").write_text("half")
@@ -198,7 +71,7 @@ def test_half_an_input_of_an_interrupted_stage_gives_way_to_the_whole_one(clones
 def test_a_worker_that_takes_over_goes_on_from_the_last_whole_checkpoint(clones: Clones) -> None:
     first, second = clones.workers
     (first / "pace").touch()
-    wanted = order(clones)
+    wanted = distill_order(clones)
     process = start(first, wanted)
     there = "vdmini/*/one/step-2/checkpoint.json"
     while not list(clones.store.glob(there)):
@@ -223,7 +96,7 @@ def test_a_worker_that_takes_over_goes_on_from_the_last_whole_checkpoint(clones:
 def test_stopping_a_worker_sends_the_checkpoint_it_leaves(clones: Clones) -> None:
     first, _ = clones.workers
     (first / "pace").touch()
-    wanted = order(clones)
+    wanted = distill_order(clones)
     wanted = wanted.model_copy(update={"params": wanted.params.replace("0.2", "1000")})
     process = start(first, wanted)
     while not (first / ".scratch/checkpoints/one/step-2").exists():
@@ -236,7 +109,7 @@ def test_stopping_a_worker_sends_the_checkpoint_it_leaves(clones: Clones) -> Non
 
 
 def test_checkpoints_are_mirrored_whole_and_old_ones_removed(clones: Clones, tmp_path: Path) -> None:
-    order(clones)
+    distill_order(clones)
     shared = shared_scratch(clones.driver, "distill", load_params(clones.driver / "params.yaml"))
     assert shared is not None
     folder = clones.driver / ".scratch/checkpoints/run"
@@ -269,7 +142,7 @@ def test_checkpoints_are_mirrored_whole_and_old_ones_removed(clones: Clones, tmp
 
 
 def test_what_a_clone_has_of_other_trainings_is_not_sent(clones: Clones) -> None:
-    order(clones)
+    distill_order(clones)
     scratch = clones.driver / ".scratch/checkpoints"
     checkpoints = {run: scratch / run / "step-1/checkpoint.json" for run in ("earlier", "resumed", "new")}
     for run in ("earlier", "resumed"):
@@ -286,7 +159,7 @@ def test_what_a_clone_has_of_other_trainings_is_not_sent(clones: Clones) -> None
 
 
 def test_what_a_worker_could_not_get_is_refused(clones: Clones) -> None:
-    (clones.driver / "step.py").write_text(STEP + "\n# edited")
+    (clones.driver / "step.py").write_text("# edited")
     with pytest.raises(
         ValueError, match=r"step\.py is not committed; commit and push first \(params\.yaml and dvc\.lock"
     ):
@@ -402,15 +275,8 @@ def test_the_flow_has_a_placed_stage_done_by_a_worker_of_the_pool(
     text = (clones.driver / "params.yaml").read_text().replace("{distill: {", "{distill: {pool: gpu, ")
     (clones.driver / "params.yaml").write_text(text)
     deploy(clones.driver)
-    values = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "flows.cli", "worker", "--pool", "gpu", "--name", "first"]
-    with (clones.store.parent / "worker.log").open("w") as log:
-        worker = subprocess.Popen(words, cwd=clones.workers[0], env=values, stdout=log, stderr=log)
-    try:
+    with serving(clones.workers[0], "first"):
         assert vdmini() == {"prune": "skipped", "distill": "placed"}
-    finally:
-        worker.terminate()
-        worker.wait(60)
     assert (clones.workers[0] / "ran-distill.scratch").exists()
     assert not (clones.driver / "ran-distill.scratch").exists()
     assert vdmini() == {"prune": "skipped", "distill": "skipped"}

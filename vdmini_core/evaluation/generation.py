@@ -64,11 +64,11 @@ def generate_videos(
 ) -> Made:
     """Make the videos that are not in `folder`/videos yet. One whose real video has no first frame is left out.
 
-    A video is whole or absent, and `videos` holds nothing else: drafts lie beside it. ValueError where the folder was
-    begun by another model or with other settings.
+    A video is whole or absent, and `videos` holds nothing else: drafts lie beside it, hidden. ValueError where the
+    folder was begun by another model or with other settings.
     """
     claim_folder(folder, manifest)
-    videos, drafts = folder / "videos", folder / "drafts"
+    videos, drafts = folder / "videos", folder / ".drafts"
     missing = [order for order in orders if not (videos / order.name).is_file()]
     told, skipped = EncodeSettings(), dict[str, str]()
     for order in track(missing, description, len(missing)):

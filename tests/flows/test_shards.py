@@ -1,0 +1,123 @@
+"""A benchmark's videos made in shards by the workers of a pool, and joined on the driver."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.deployment import deploy
+from flows.order import Shard, order_of
+from flows.shards import join, outputs_with
+from flows.transfers import transfer
+from tasks._vbench import Making, Request, generate, words_of
+from tests.evaluation.vbench.stand_in import write_checkout
+from tests.flows.clones import LOG, ROOT, Clones, carried_out, command, commit, serving
+from tests.text_tiny import write_text_unet
+from vdmini_core.artifacts import file_digest, read_json, write_json
+from vdmini_core.evaluation.generation import MANIFEST, GenerationManifest
+
+CHECKOUT, MODEL = Path(".scratch/VBench"), "artifacts/model"
+STAGE = """
+  model:
+    cmd: cp -r {source} artifacts/model
+    outs: [artifacts/model]
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_unet(tmp_path_factory.mktemp("model") / "text")
+
+
+@pytest.fixture
+def site(clones: Clones, source: Path, monkeypatch: pytest.MonkeyPatch) -> Clones:
+    """The clones with VBench's checkout in each, and a model that a stage of the driver has made."""
+    with (clones.driver / "dvc.yaml").open("a") as file:
+        file.write(STAGE.format(source=source))
+    for clone in (clones.driver, *clones.workers):
+        write_checkout(clone / CHECKOUT, prompts=1)
+    monkeypatch.chdir(clones.driver)
+    command(clones.driver, sys.executable, "-m", "dvc", "repro", "-q", "model")
+    commit(clones.driver)
+    command(clones.driver, "git", "push", "-q", "origin", "HEAD")
+    return clones
+
+
+def request(out: Path) -> Request:
+    return Request("t2v", CHECKOUT, out, ("scene",))
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in (out / "videos").iterdir()}
+
+
+@pytest.fixture
+def here(site: Clones) -> dict[str, str]:
+    """What the driver makes itself."""
+    out = site.store.parent / "here"
+    generate(request(out), Making(MODEL, 1))
+    made = digests(out)
+    assert len(made) == 5
+    return made
+
+
+def test_workers_of_a_pool_make_the_videos_that_one_process_makes(
+    site: Clones, here: dict[str, str], prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    deploy(site.driver)
+    out = Path(".scratch/made")
+    words = [*words_of(request(out), Making(MODEL, 1)), "--model", MODEL, "--out", str(out), "--pool", "gpu"]
+    values = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def call(*more: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "flows.cli", *words, *more]
+        return subprocess.run(command, cwd=site.driver, env=values, capture_output=True, text=True, check=False)
+
+    with serving(site.workers[0], "first"):
+        done = call("--shards", "2")
+    assert done.returncode == 0, done.stderr
+    assert "5 videos came from pool gpu" in done.stdout
+    assert digests(out) == here
+    assert not (site.workers[1] / MODEL).exists()
+    assert (site.workers[0] / MODEL / "model_index.json").is_file()
+    assert [path for path in (site.store / "vdmini").rglob("*") if path.is_file()] == []
+    assert list(Path(".scratch/videos").iterdir()) == []
+    # Nothing is missing, so no worker is needed.
+    assert "0 videos came" in call("--shards", "2").stdout
+
+
+def test_a_worker_that_takes_over_a_shard_makes_what_is_missing(site: Clones, here: dict[str, str]) -> None:
+    inputs = outputs_with(site.driver, MODEL)
+    assert inputs == {MODEL: "model"}
+    transfer(["push", *inputs], site.driver, LOG)
+    words = (*words_of(request(Path("unused")), Making(MODEL, 1)), "--model", MODEL)
+    shard = Shard(words=words, index=0, of=1, key="one", inputs=tuple(inputs))
+    wanted = order_of("vbench", site.driver, None, LOG).model_copy(update={"shard": shard})
+    carried_out(site.workers[0], wanted)
+    store = site.store / "vdmini/one/0-of-1"
+    assert digests(store) == here
+    (store / "videos" / sorted(here)[0]).unlink()
+    said = carried_out(site.workers[1], wanted)
+    assert "goes on from 5 files of another worker" in said
+    assert "1 of the 5 videos of this shard made now" in said
+    assert digests(store) == here
+    assert not list(store.rglob(".*"))
+
+
+def test_shards_that_were_not_made_alike_are_not_joined(site: Clones, tmp_path: Path) -> None:
+    first, second = tmp_path / "0-of-2", tmp_path / "1-of-2"
+    generate(Request("t2v", CHECKOUT, first, ("scene",)), Making(MODEL, 1), "0/2")
+    shutil.copytree(first, second)
+    manifest = read_json(first / MANIFEST, GenerationManifest)
+    write_json(second / MANIFEST, manifest.model_copy(update={"model": "another"}))
+    with pytest.raises(ValueError, match=r'model was .* is "another"'):
+        join([first, second], tmp_path / "out")
+
+
+def test_a_model_that_dvc_does_not_keep_is_sent_by_nobody(clones: Clones) -> None:
+    assert outputs_with(clones.driver, "zoo:t2v-lcm-shapes") == {}
+    assert outputs_with(clones.driver, "/elsewhere/model") == {}
