@@ -1,6 +1,8 @@
 """Commands that measure what is there, without a recipe: distances of features, VBench, FVD and IS of videos."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -123,16 +125,19 @@ def vbench_generate(
         request = Request(suite, checkout, out, tuple(dimension or ()), per_dimension, ratio, seed)
         making = Making(model, steps, frames, fps, crf)
         if pool:
-            made = 0
-            if missing(request):
-                made = on_pool(words_of(request, making), model, out, pool, shards)
+            if shard != "0/1":
+                raise ValueError("--shard is one part, made here; with --pool give --shards, how many there are")
+            left = partial(missing, request)
+            made = on_pool(words_of(request, making), model, out, pool, shards, left) if left() else 0
             typer.echo(f"{out / 'videos'}: {made} videos came from pool {pool}")
             return
+        if shards > 1:
+            raise ValueError("--shards is how many runs of a --pool share the videos; a part made here is --shard i/n")
         made, asked = generate(request, making, shard)
     typer.echo(f"{out / 'videos'}: {made} of the {asked} videos of this shard made now")
 
 
-def on_pool(words: list[str], model: str, out: Path, pool: str, shards: int) -> int:
+def on_pool(words: list[str], model: str, out: Path, pool: str, shards: int, left: Callable[[], int]) -> int:
     """Have a benchmark's videos made by a work pool; exit code 1 where a shard fails."""
     root = Path.cwd()
     prepare_flow(root)
@@ -142,7 +147,7 @@ def on_pool(words: list[str], model: str, out: Path, pool: str, shards: int) -> 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logger = logging.getLogger("vdmini.shards")
         logger.setLevel(logging.INFO)
-        return make_on_pool(words, model, out, root, pool, shards, logger)
+        return make_on_pool(words, model, out, root, pool=pool, shards=shards, missing=left, logger=logger)
 
 
 @vbench.command("run")

@@ -5,6 +5,7 @@ that does the work is then that commit's, whatever the worker was started with.
 """
 
 import logging
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -58,13 +59,16 @@ class Order(Record):
     shard: Shard | None = None
 
 
-def order_of(stage: str, root: Path, parent_run_id: str | None, logger: Logger) -> Order:
+def order_of(stage: str, root: Path, parent_run_id: str | None, logger: Logger, besides: Path | None = None) -> Order:
     """The order for a stage as it is in the driver's folder.
 
     Raises ValueError where files other than `CARRIED` differ from the commit, or no remote of git has it: a worker
-    could not run the same.
+    could not run the same. What lies in the folder `besides` is no input.
     """
-    dirty = [line[3:] for line in git(root, "status", "--porcelain").splitlines() if line[3:] not in CARRIED]
+    words = ["status", "--porcelain", "--", "."]
+    if besides is not None and besides.resolve().is_relative_to(root.resolve()):
+        words.append(f":(exclude){besides.resolve().relative_to(root.resolve()).as_posix()}")
+    dirty = [line[3:] for line in git(root, *words).splitlines() if line[3:] not in CARRIED]
     if dirty:
         raise ValueError(
             f"{stage} is placed on another machine, which works from a commit, but {', '.join(dirty[:5])} "
@@ -109,7 +113,7 @@ def check_out(order: Order, root: Path, logger: Logger) -> None:
 
 
 def carry_out(order: Order, root: Path, logger: Logger) -> None:
-    """Fetch the inputs, run the stage or the part, send its results: data first, so that one is whole or absent."""
+    """Fetch the inputs, run the stage, the part or the shard, send its results: data first, so that one is whole."""
     if order.shard is not None:
         _make_shard(order.shard, root, logger)
         return
@@ -144,6 +148,7 @@ def _make_shard(shard: Shard, root: Path, logger: Logger) -> None:
     with shared.pushed(Resources().push_checkpoints_s, logger):
         run_logged(command, f"shard {shard.index + 1} of {shard.of}", root, None, logger)
     with_back_off(shared.push, "sending the videos", logger)
+    shutil.rmtree(shared.folder)
 
 
 def _run(order: Order, root: Path, logger: Logger) -> None:

@@ -176,7 +176,7 @@ def submit(order: Order, pool: str, logger: Logger) -> UUID:
     try:
         run: Any = run_deployment(
             f"{FLOW}/{pool}",
-            parameters={"order": order.model_dump(mode="json")},
+            parameters={"order": order.model_dump(mode="json", exclude_none=True)},
             timeout=0,
             flow_run_name=title(order),
             tags=[tag],

@@ -160,7 +160,9 @@ class SharedScratch:
         self.fs.fs.invalidate_cache()
         if not self.fs.exists(self.base):
             return set()
-        return {Path(self.fs.relpath(path, self.base)).as_posix() for path in self.fs.find(self.base)}
+        names = {Path(self.fs.relpath(path, self.base)) for path in self.fs.find(self.base)}
+        # A store that is a file system may have what a killed worker was sending, under a hidden name.
+        return {name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)}
 
     def _path(self, name: str) -> str:
         return str(self.fs.join(self.base, *name.split("/")))

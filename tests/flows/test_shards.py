@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.deployment import deploy
 from flows.order import Shard, order_of
-from flows.shards import join, outputs_with
+from flows.processes import StageFailed
+from flows.shards import join, sent_with
 from flows.transfers import transfer
 from tasks._vbench import Making, Request, generate, words_of
 from tests.evaluation.vbench.stand_in import write_checkout
@@ -69,7 +72,9 @@ def test_workers_of_a_pool_make_the_videos_that_one_process_makes(
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
     deploy(site.driver)
-    out = Path(".scratch/made")
+    out = Path("made")  # which git does not ignore
+    out.mkdir()
+    (out / "left").touch()
     words = [*words_of(request(out), Making(MODEL, 1)), "--model", MODEL, "--out", str(out), "--pool", "gpu"]
     values = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -85,16 +90,17 @@ def test_workers_of_a_pool_make_the_videos_that_one_process_makes(
     assert not (site.workers[1] / MODEL).exists()
     assert (site.workers[0] / MODEL / "model_index.json").is_file()
     assert [path for path in (site.store / "vdmini").rglob("*") if path.is_file()] == []
-    assert list(Path(".scratch/videos").iterdir()) == []
+    for clone in (site.driver, site.workers[0]):
+        assert [path for path in (clone / ".scratch/videos").rglob("*") if path.is_file()] == []
     # Nothing is missing, so no worker is needed.
     assert "0 videos came" in call("--shards", "2").stdout
 
 
 def test_a_worker_that_takes_over_a_shard_makes_what_is_missing(site: Clones, here: dict[str, str]) -> None:
-    inputs = outputs_with(site.driver, MODEL)
-    assert inputs == {MODEL: "model"}
+    inputs, model = sent_with(site.driver, str(site.driver / MODEL))
+    assert (list(inputs), model) == ([MODEL], MODEL)
     transfer(["push", *inputs], site.driver, LOG)
-    words = (*words_of(request(Path("unused")), Making(MODEL, 1)), "--model", MODEL)
+    words = (*words_of(request(Path("unused")), Making(MODEL, 1)), "--model", model)
     shard = Shard(words=words, index=0, of=1, key="one", inputs=tuple(inputs))
     wanted = order_of("vbench", site.driver, None, LOG).model_copy(update={"shard": shard})
     carried_out(site.workers[0], wanted)
@@ -114,10 +120,32 @@ def test_shards_that_were_not_made_alike_are_not_joined(site: Clones, tmp_path: 
     shutil.copytree(first, second)
     manifest = read_json(first / MANIFEST, GenerationManifest)
     write_json(second / MANIFEST, manifest.model_copy(update={"model": "another"}))
-    with pytest.raises(ValueError, match=r'model was .* is "another"'):
+    with pytest.raises(StageFailed, match=r"shard 1-of-2 was made otherwise than 0-of-2"):
         join([first, second], tmp_path / "out")
+    with pytest.raises(StageFailed, match=r"finished shard 2-of-2, but nothing came"):
+        join([first, tmp_path / "2-of-2"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_videos_that_are_there_stay(site: Clones, tmp_path: Path) -> None:
+    shard, out = tmp_path / "0-of-1", tmp_path / "out"
+    generate(Request("t2v", CHECKOUT, shard, ("scene",)), Making(MODEL, 1))
+    names = sorted(digests(shard))
+    (out / "videos").mkdir(parents=True)
+    (out / "videos" / names[0]).write_bytes(b"mine")
+    assert join([shard], out) == 4
+    assert sorted(digests(out)) == names
+    assert (out / "videos" / names[0]).read_bytes() == b"mine"
+
+
+def test_one_part_made_here_and_parts_of_a_pool_are_told_apart(clones: Clones, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(clones.driver)
+    words = ["vbench", "generate", "--model", "x", "--checkout", "y", "--out", "z"]
+    for more, reason in ((["--pool", "gpu", "--shard", "0/2"], "give --shards"), (["--shards", "2"], "--shard i/n")):
+        result = CliRunner().invoke(app, [*words, *more])
+        assert (result.exit_code, reason in result.stderr) == (2, True)
 
 
 def test_a_model_that_dvc_does_not_keep_is_sent_by_nobody(clones: Clones) -> None:
-    assert outputs_with(clones.driver, "zoo:t2v-lcm-shapes") == {}
-    assert outputs_with(clones.driver, "/elsewhere/model") == {}
+    for name in ("zoo:t2v-lcm-shapes", "/elsewhere/model", "owner/name"):
+        assert sent_with(clones.driver, name) == ({}, name)
