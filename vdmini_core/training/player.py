@@ -10,6 +10,15 @@ from vdmini_core.settings import LoopSettings
 from vdmini_core.training.distributed import Losses, State, gathered, joined, placed
 from vdmini_core.training.ema import EMA
 
+MakeOptimizer = Callable[[list[nn.Parameter], float, LoopSettings], torch.optim.Optimizer]
+
+
+def adamw(weights: list[nn.Parameter], learning_rate: float, settings: LoopSettings) -> torch.optim.Optimizer:
+    """AdamW as the settings have it."""
+    return torch.optim.AdamW(
+        weights, lr=learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+
 
 @dataclass
 class Player:
@@ -23,6 +32,7 @@ class Player:
     module: nn.Module
     loss: Callable[[State], Losses]
     learning_rate: float
+    make_optimizer: MakeOptimizer = adamw
     turn: Callable[[State], Losses] = field(init=False)
     weights: list[nn.Parameter] = field(init=False)
     _holders: list[nn.Module] = field(init=False, repr=False)
@@ -36,13 +46,7 @@ class Player:
         # To walk all modules takes milliseconds, several times a step.
         self.weights = list(self.module.parameters())
         self._holders = [part for part in self.module.modules() if any(True for _ in part.parameters(recurse=False))]
-        self.optimizer = torch.optim.AdamW(
-            self.weights,
-            lr=self.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = self.make_optimizer(self.weights, self.learning_rate, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.ema = EMA(self.module, settings.ema_decay)
 

@@ -18,7 +18,7 @@ from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import EncodeSettings, LoopSettings
 from vdmini_core.training.distributed import Batch, State
 from vdmini_core.training.loop import train
-from vdmini_core.training.player import Player
+from vdmini_core.training.player import MakeOptimizer, Player, adamw
 from vdmini_core.zoo.clips import ClipSet, to_model_range
 
 LEVELS = 0.0, 1.4
@@ -185,6 +185,7 @@ def train_teacher(
     levels: tuple[float, float] = LEVELS,
     untold: Condition | None = None,
     guide: tuple[Denoiser, float] | None = None,
+    make_optimizer: MakeOptimizer = adamw,
     checkpoints: Path | None = None,
     fingerprint: str = "",
     log: Log = silent_log,
@@ -232,7 +233,7 @@ def train_teacher(
         error = (answer.float() - state["target"]).square()
         return {"total": (error * state["weights"]).mean(), "unweighted": error.mean().detach()}
 
-    player = Player("teacher", model, loss, learning_rate)
+    player = Player("teacher", model, loss, learning_rate, make_optimizer)
     train(
         [player],
         batch_of,
