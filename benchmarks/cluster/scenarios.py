@@ -343,16 +343,20 @@ def fan_out(site: Site) -> Result:
 
 
 def sweeps(site: Site) -> Result:
-    """Two drivers with settings of their own order from one worker, and keep what came as an experiment of DVC's."""
+    """Two drivers with settings of their own order from one worker, and keep what came as an experiment of DVC's.
+
+    An experiment is saved of a whole recipe only.
+    """
     result = Result("sweeps")
     reference(site)
-    site.begin(result.scenario, ON_POOL)
+    quick = {"decoder": {"enabled": False}}
+    site.begin(result.scenario, ON_POOL, changes=quick)
     other = site.workers[1]
     site.furnish(other)
-    site.write_recipe(other, ON_POOL, {"distill": {"learning_rate": 5.0e-4}})
+    site.write_recipe(other, ON_POOL, {**quick, "distill": {"learning_rate": 5.0e-4}})
     site.start_worker(0)
-    run = Run(site)
-    command = [other.python, "-m", "flows.cli", "run", "--target", "distill"]
+    run = Run(site, "register")
+    command = [other.python, "-m", "flows.cli", "run"]
     log = site.folder / "logs" / "other-driver.log"
     second = Service("other driver", command, other.folder, other.environment, log)
     second.start()

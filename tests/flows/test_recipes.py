@@ -17,7 +17,7 @@ from vdmini_core.models.published import blueprint
 from vdmini_core.settings import height_and_width, load_params
 
 RECIPES = {path.stem: path for path in sorted(OWN.glob("*.yaml"))}
-BUILT_IN = {"i2v-shapes", "t2v-lcm-shapes"}
+BUILT_IN = {"i2v-shapes", "t2v-lcm-shapes", "t2v-wan-shapes"}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 FIGURES = {
     "svd-xt": (1_524_623_082, 939_884_186),

@@ -21,6 +21,7 @@ from vdmini_core.models.loading import load_component
 from vdmini_core.models.text import TextToVideoUNet, Wan
 from vdmini_core.reporting import Log, Track, silent_log, silent_track
 from vdmini_core.settings import EncodeSettings, LoopSettings
+from vdmini_core.training.muon import muon
 from vdmini_core.zoo.clips import FRAMES, SIZE, render_set
 from vdmini_core.zoo.consistency import distil_consistency, solver_levels
 from vdmini_core.zoo.evaluator import compress, evaluator_clips, train_evaluator
@@ -84,9 +85,9 @@ SETTINGS = {
         max_steps=300, batch_size=64, warmup_steps=20, log_every=50, ema_decay=0.98, precision="fp32"
     ),
     # A tenth of its clips come without their captions, for the guidance that the second training makes its own.
-    "text_teacher": LoopSettings(max_steps=12000, batch_size=32, decay_fraction=0.5, ema_decay=0.999, precision="fp32"),
+    "text_teacher": LoopSettings(max_steps=6000, batch_size=32, decay_fraction=0.5, ema_decay=0.998),
     "text_guided": LoopSettings(
-        seed=1, max_steps=2000, batch_size=32, warmup_steps=50, decay_fraction=0.8, ema_decay=0.99, precision="fp32"
+        seed=1, max_steps=400, batch_size=32, warmup_steps=50, decay_fraction=0.8, ema_decay=0.99
     ),
     "frame_vae": LoopSettings(
         max_steps=4800, batch_size=16, warmup_steps=50, decay_fraction=0.6, log_every=50, ema_decay=0.998
@@ -115,7 +116,8 @@ TEACHER_RUNS = {
 }
 # ln(sigma) of the LCM's base: a tenth of its levels is the highest there is, from which sampling starts.
 LCM_LEVELS = 0.5, 1.6
-TEXT_GUIDANCE = 5.0
+TEXT_LEVELS = 0.0, 1.2
+TEXT_GUIDANCE = 2.0
 """What Wan's class, which embeds no scale, makes its own; pipelines count from 1 what is counted from 0 here."""
 FOREGROUND_WEIGHT = 5.0
 
@@ -179,10 +181,11 @@ class Builder:
             pipeline = Wan.load(teacher, ("vae", "conditioner"), self.device)
             data = self._encoded("t2v", pipeline, TEXT_TEACHER_SEED, TEXT_FRAMES)
             untold, process = self._untold(pipeline), pipeline.process
-            train_teacher(denoiser, process, data, untold=untold, **self._run("text_teacher"))
+            told: dict[str, Any] = {"levels": TEXT_LEVELS, "untold": untold, "make_optimizer": muon}
+            train_teacher(denoiser, process, data, **told, **self._run("text_teacher"))
             guide = TransformerDenoiser(copy.deepcopy(denoiser.model)), TEXT_GUIDANCE
             run = self._run("text_guided")
-            train_teacher(denoiser, process, data, learning_rate=3e-4, untold=untold, guide=guide, **run)
+            train_teacher(denoiser, process, data, learning_rate=3e-4, guide=guide, **told, **run)
             denoiser.model.half().save_pretrained(teacher / "transformer")
 
     def lcm_teacher(self) -> None:
