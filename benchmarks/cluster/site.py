@@ -123,9 +123,7 @@ class Site:
         self.driver, *self.workers = (
             Clone(origin, self.folder / name, self.environment, self.packages) for name in names
         )
-        for clone in (self.driver, *self.workers):
-            run(["git", "fetch", "-q", "origin"], clone.folder)
-            run(["git", "checkout", "-q", "--force", "-B", "main", "origin/main"], clone.folder)
+        _update(self.driver)
         committed = yaml.safe_load((self.driver.folder / "params.yaml").read_text())
         self.recipe = {name: {**section, **RECIPE.get(name, {})} for name, section in committed.items()}
         self.write_recipe(self.driver, {})
@@ -136,6 +134,8 @@ class Site:
         run(["git", "add", "params.yaml", ".dvc/config"], self.driver.folder)
         run([*git, "commit", "-q", "--allow-empty", "-m", "the cluster's recipe and store"], self.driver.folder)
         run(["git", "push", "-q", "origin", "HEAD:main", "--force"], self.driver.folder)
+        for clone in self.workers:
+            _update(clone)
 
     def _prepare(self) -> None:
         """All that distill needs, made once in the driver and kept beside it."""
@@ -217,3 +217,9 @@ class Site:
         changed = {name: {**section, **(changes or {}).get(name, {})} for name, section in self.recipe.items()}
         text = yaml.safe_dump({**changed, "resources": resources}, sort_keys=False)
         (clone.folder / "params.yaml").write_text(text)
+
+
+def _update(clone: Clone) -> None:
+    """Bring a clone to the origin's newest commit."""
+    run(["git", "fetch", "-q", "origin"], clone.folder)
+    run(["git", "checkout", "-q", "--force", "-B", "main", "origin/main"], clone.folder)
