@@ -271,3 +271,14 @@ def test_units_are_decided_where_harmless_low_or_in_rank_in_content_and_in_motio
     assert decided({"content": content}, SETTINGS, always=("inert", "low")) == {"inert", "mixed", "top"}
     motion = content | {"mixed": near * 1.02, "top": near * 1.01}
     assert decided({"content": content, "motion": motion}, SETTINGS) == {"inert", "low"}
+
+
+def test_a_network_without_pairs_is_decided_by_its_blocks(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"clips": 8, "batch_size": sweep.FEWEST, "stop_early": True})
+    names = [f"block.{index}" for index in range(3)]
+    found = sweep.Sweep(None, None, None, settings, {}, first=0, folder=tmp_path)  # type: ignore[arg-type]
+    for index, name in enumerate(names):
+        damage = {measure: torch.full((sweep.FEWEST,), index / 10) for measure in sweep.DECIDING}
+        found._keep(name, 0, damage | {"calls": torch.tensor((1, 0))})
+    assert found.open_in(1, (names, [])) == []
+    assert set(found.taken.values()) == {1}

@@ -155,7 +155,7 @@ class Sweep:
     def _decided(self, groups: Groups, always: Sequence[str]) -> set[str]:
         """Of all groups, from what was measured so far."""
         found: set[str] = set()
-        for group in groups:
+        for group in filter(None, groups):  # a transformer has no pairs
             measured = {name: self.measured(name) for name in group}
             values = {m: {name: measured[name][m].numpy() for name in group} for m in DECIDING}
             found |= decided(values, self.settings, always)
