@@ -49,7 +49,7 @@ class Discriminator(nn.Module):
         frequencies = 2.0 ** torch.arange(NOISE_FEATURES // 2, device=c_noise.device).div(4)
         angles = c_noise[:, None].float() * frequencies
         noise = torch.cat([angles.cos(), angles.sin()], 1)
-        # A transformer's features have their channels last, with which GroupNorm's backward pass crashes on a CPU (torch 2.13).
+        # A transformer's features have their channels last, which crash GroupNorm's backward pass (CPU, torch 2.13).
         plain = [stage.contiguous() for stage in features]
         stages = list(zip(plain, self.spatial, self.temporal, strict=True))
         return [head(f, noise) for f, spatial, temporal in stages for head in (spatial, temporal)]
