@@ -113,7 +113,9 @@ class Clone:
             # Packages are those of this interpreter; the project is the clone's own.
             (site / "cluster.pth").write_text("\n".join([str(folder), *packages]) + "\n")
             script = bin_folder / "vdmini"
-            script.write_text(f"#!{bin_folder / 'python'}\nfrom flows.cli import app\n\napp()\n")
+            # Guarded, because stages start processes that read this file again.
+            main = 'from flows.cli import app\n\nif __name__ == "__main__":\n    app()\n'
+            script.write_text(f"#!{bin_folder / 'python'}\n{main}")
             script.chmod(0o755)
         self.python = str(bin_folder / "python")
         own = {
