@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from flows.graph import inputs_of
 from flows.order import Order, check_out, order_of
+from flows.services import end_tree
 from flows.transfers import transfer
 from vdmini_core.artifacts import write_json
 
@@ -141,9 +144,10 @@ def serving(worker: Path, name: str) -> Iterator[None]:
     values = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "flows.cli", "worker", "--pool", "gpu", "--name", name]
     with (worker.parent / f"worker-{name}.log").open("w") as log:
-        process = subprocess.Popen(words, cwd=worker, env=values, stdout=log, stderr=log)
+        process = subprocess.Popen(words, cwd=worker, env=values, stdout=log, stderr=log, start_new_session=True)
+        created = psutil.Process(process.pid).create_time()
     try:
         yield
     finally:
-        process.terminate()
+        end_tree(process.pid, created)  # a worker that still has a run waits for it, as long as that takes
         process.wait(60)

@@ -67,6 +67,7 @@ def here(site: Clones) -> dict[str, str]:
     return made
 
 
+@pytest.mark.slow
 def test_workers_of_a_pool_make_the_videos_that_one_process_makes(
     site: Clones, here: dict[str, str], prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
